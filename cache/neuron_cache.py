@@ -1,0 +1,370 @@
+"""The cpu tier over the disk tier: slots for records, a table that says who is in them, and the reads that fill them.
+
+Knows layers, neuron ids and bytes; has never heard of tokens or tensors. One thread uses it (the engine's); `snapshot`
+may be called from any thread. One arena holds everything that is computed with:
+
+    | slots: num_slots x stride | staging: where reads land |
+
+so that a record is an offset of the arena, whether it stays or only passes through.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.budget import smallest_staging_bytes
+from cache.bundle import BundleLayout, checksum_weights
+from cache.errors import ReadError
+from cache.policy import DecayedFrequency, choose_swaps
+from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, plan_reads
+from cache.records import copy_records, first_bad_record
+from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot, TransferSnapshot
+from cache.store import BundleFile
+
+_PAGE = 4096
+MERGE_GAP_BYTES = 8 << 10  # reading this much for nothing costs less than one more request (benchmarks/LOG.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Records that may be computed with until `release`: `offsets` into the arena, one for each of `ids`.
+
+    As a context manager it is released at the end of the block, or dropped, nothing admitted, when the block raises.
+    """
+
+    layer: int
+    ids: np.ndarray  # int32 [K], ascending
+    offsets: np.ndarray  # int64 [K]
+    hit: np.ndarray  # bool [K]
+    cache: NeuronCache
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.cache.release(self)
+        else:
+            self.cache.drop(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Neurons start..stop-1 of a streamed layer, contiguous in the arena from `offset`, stride apart."""
+
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(slots=True)
+class _Counts:
+    lookups: int = 0
+    hits: int = 0
+    insertions: int = 0
+    evictions: int = 0
+    read_bytes: int = 0
+    needed_bytes: int = 0
+    requests: int = 0
+    read_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A chunk whose reads are under way."""
+
+    chunk: Chunk
+    ticket: int | None  # None: every record was resident
+    resident: np.ndarray  # bool, for each neuron of the chunk
+
+
+class NeuronCache:
+    """Slots of the cpu tier, filled from a bundle file.
+
+    slots_per_layer: how many records of each layer may stay. staging_bytes: where reads land; a set of misses that does
+    not fit makes `acquire` return None. frequency: share of tokens [L, F] that used a neuron in the profile; it ranks
+    the neurons until the cache has seen its own. Costs: slots + staging + 4 bytes a neuron.
+    """
+
+    tier = "cpu"
+
+    def __init__(
+        self,
+        file: BundleFile,
+        slots_per_layer: Sequence[int],
+        staging_bytes: int,
+        frequency: np.ndarray,
+        *,
+        io_engine: str = "auto",
+        queue_depth: int = 64,
+    ) -> None:
+        file.check()
+        self.file = file
+        self.layout: BundleLayout = file.layout
+        stride = self.layout.stride
+        self._slots_per_layer = np.minimum(np.asarray(slots_per_layer, np.int64), file.num_neurons)
+        self._base = np.concatenate([[0], np.cumsum(self._slots_per_layer)])  # first slot of each layer
+        num_slots = int(self._base[-1])
+        self._staging = -(-num_slots * stride // _PAGE) * _PAGE
+        self._staging_bytes = max(staging_bytes, smallest_staging_bytes(self.layout)) // _PAGE * _PAGE
+        self._memory = mmap.mmap(-1, self._staging + self._staging_bytes)
+        self.arena: np.ndarray = np.frombuffer(self._memory, np.uint8)
+        self._weights = checksum_weights(self.layout)
+        self._slot_of = np.full((file.num_layers, file.num_neurons), -1, np.int32)
+        self._owner = np.full(num_slots, -1, np.int32)
+        self._used = np.zeros(file.num_layers, np.int64)
+        self._policy = DecayedFrequency(frequency)
+        self._counts = _Counts()
+        self._read_sizes = Histogram(READ_SIZE_BOUNDS)
+        self._leases = 0
+        self._file_bytes = file.path.stat().st_size
+        landing = (self._staging, self._staging_bytes)
+        self._reader = Reader(file.path, self.arena, landing=landing, engine=io_engine, queue_depth=queue_depth)
+
+    @property
+    def reader_info(self) -> ReaderInfo:
+        return self._reader.info
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._staging_bytes
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Ids of the layer's neurons that are in slots, ascending."""
+        return np.flatnonzero(self._slot_of[layer] >= 0).astype(np.int32)
+
+    # -- sparse: some neurons of a layer ---------------------------------------------------------------------------
+
+    def acquire(self, layer: int, ids: np.ndarray) -> Lease | None:
+        """Makes the records of `ids` (int32 [K], ascending, unique) readable and returns where they are.
+
+        Blocks until the misses are read. None when the misses do not fit staging: nothing was read or counted, take
+        the dense path. The slots keep their records until `release`; at most one lease is out. Raises ReadError.
+        """
+        self._one_user()
+        slots = self._slot_of[layer, ids]
+        hit = slots >= 0
+        missed = ids[~hit]
+        offsets = slots.astype(np.int64) * self.layout.stride
+        if missed.size:
+            plan = self._plan(layer, missed)
+            if plan is None:
+                return None
+            self._read(plan)
+            offsets[~hit] = plan.record_offsets
+            self._verify(layer, missed, plan.record_offsets)
+        self._count_lookups(ids.size, missed.size)
+        self._leases += 1
+        return Lease(layer, ids, offsets, hit, self)
+
+    def release(self, lease: Lease) -> None:
+        """Ends the lease; what was read and scores better than what is resident moves into slots."""
+        self._leases -= 1
+        self._policy.touch(lease.layer, lease.ids)
+        missed = np.flatnonzero(~lease.hit)
+        if missed.size:
+            self._admit(lease.layer, lease.ids[missed], lease.offsets[missed])
+
+    def drop(self, lease: Lease) -> None:
+        """Ends the lease of a step that failed; what was read is forgotten."""
+        self._leases -= 1
+
+    # -- dense: a whole layer, in order -----------------------------------------------------------------------------
+
+    def stream(self, layer: int) -> Generator[Chunk, None, None]:
+        """The whole layer in chunks of ascending ids; the next chunk is read while the caller computes with this one.
+
+        A chunk is valid until the next one is asked for. Chunks depend on the staging size only, never on what is
+        resident, so that sums over them do not either. Slots are used, not changed. Close the generator to stop early.
+        Raises ReadError.
+        """
+        self._one_user()
+        if self._in_order(layer):
+            self._count_lookups(self.file.num_neurons, 0)
+            first = int(self._base[layer])
+            for start, stop in self._chunk_bounds():
+                yield Chunk(start, stop, (first + start) * self.layout.stride)
+            return
+        self._leases += 1
+        bounds = self._chunk_bounds()
+        ahead = [self._submit_chunk(layer, *bounds[0], half=0)]  # at most one chunk, being read
+        try:
+            for i in range(len(bounds)):
+                current = ahead.pop()
+                self._finish_chunk(layer, current)
+                if i + 1 < len(bounds):
+                    ahead.append(self._submit_chunk(layer, *bounds[i + 1], half=(i + 1) % 2))
+                yield current.chunk
+        finally:
+            self._leases -= 1
+            for left in ahead:  # closed early: the buffer must come to rest
+                if left.ticket is not None:
+                    self._account(self._reader.wait(left.ticket), stalled=0.0)
+
+    def warm(self, layer: int) -> None:
+        """Fills the layer's slots with the neurons that the policy ranks highest. Raises ReadError."""
+        size = int(self._slots_per_layer[layer])
+        best = np.argsort(-self._policy.scores(layer), kind="stable")[:size]
+        ids = np.sort(best[self._slot_of[layer, best] < 0]).astype(np.int32)
+        step = max(1, self._staging_bytes // 2 // self.layout.stride)
+        for start in range(0, ids.size, step):
+            part = ids[start : start + step]
+            plan = self._plan(layer, part) or self._plan(layer, part, merge_gap=0)
+            if plan is None:  # every record apart from its neighbours: alignment can double the bytes
+                raise RuntimeError("half of staging holds no reads of a quarter of it")
+            self._read(plan)
+            self._verify(layer, part, plan.record_offsets)
+            self._insert(layer, part, plan.record_offsets, self._free_slots(layer, part.size))
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> CacheSnapshot:
+        """All counters now."""
+        c, stride = self._counts, self.layout.stride
+        tier = TierSnapshot(
+            lookups=c.lookups,
+            hits=c.hits,
+            misses=c.lookups - c.hits,
+            insertions=c.insertions,
+            evictions=c.evictions,
+            capacity_bytes=self._owner.size * stride,
+            used_bytes=int(self._used.sum()) * stride,
+        )
+        moved = TransferSnapshot(c.read_bytes, c.needed_bytes, c.requests, c.read_s, c.stall_s)
+        return CacheSnapshot({self.tier: tier}, {("disk", self.tier): moved}, {"disk": self._read_sizes.snapshot()})
+
+    def close(self) -> None:
+        """Waits for reads under way and closes the file. The arena is freed with the object."""
+        self._reader.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _one_user(self) -> None:
+        if self._leases:
+            raise RuntimeError("a lease or a stream is still out: release it first")
+
+    def _count_lookups(self, lookups: int, misses: int) -> None:
+        self._counts.lookups += lookups
+        self._counts.hits += lookups - misses
+        self._counts.needed_bytes += misses * self.layout.record_bytes
+
+    def _plan(self, layer: int, ids: np.ndarray, merge_gap: int = MERGE_GAP_BYTES) -> ReadPlan | None:
+        return plan_reads(
+            self.file.starts(layer, ids),
+            self.layout.record_bytes,
+            alignment=self._reader.info.alignment,
+            merge_gap_bytes=merge_gap,
+            staging_offset=self._staging,
+            staging_bytes=self._staging_bytes,
+        )
+
+    def _read(self, plan: ReadPlan) -> None:
+        self._wait(self._submit(plan, plan.arena_offsets))
+
+    def _submit(self, plan: ReadPlan, arena_offsets: np.ndarray) -> int:
+        for length in np.minimum(plan.lengths, self._file_bytes - plan.offsets).tolist():  # the last block may be short
+            self._read_sizes.observe(length)
+        return self._reader.submit(plan.offsets, plan.lengths, arena_offsets)
+
+    def _wait(self, ticket: int) -> None:
+        start = time.perf_counter()
+        result = self._reader.wait(ticket)
+        self._account(result, stalled=time.perf_counter() - start)
+
+    def _account(self, result: ReadResult, stalled: float) -> None:
+        c = self._counts
+        c.read_bytes += result.num_bytes
+        c.requests += result.num_requests
+        c.read_s += result.seconds
+        c.stall_s += stalled
+
+    def _verify(self, layer: int, ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Raises ReadError for the first record whose checksum is wrong: damaged bytes are never computed with."""
+        bad = first_bad_record(self.arena, offsets, self.layout.checksum_offset, self._weights)
+        if bad >= 0:
+            start = int(self.file.starts(layer, ids[bad : bad + 1])[0])
+            reason = f"wrong checksum (layer {layer}, neuron {int(ids[bad])})"
+            raise ReadError(str(self.file.path), start, self.layout.record_bytes, reason)
+
+    def _admit(self, layer: int, ids: np.ndarray, offsets: np.ndarray) -> None:
+        size = int(self._slots_per_layer[layer])
+        if not size:
+            return
+        free = size - int(self._used[layer])
+        scores = self._policy.scores(layer)
+        residents = self._owner[self._base[layer] : self._base[layer] + size]
+        taken = np.flatnonzero(residents >= 0)
+        admit, evict = choose_swaps(scores[ids], scores[residents[taken]], free)
+        slots = self._free_slots(layer, admit.size - evict.size)
+        if evict.size:
+            freed = self._base[layer] + taken[evict]
+            self._slot_of[layer, self._owner[freed]] = -1
+            self._owner[freed] = -1
+            self._used[layer] -= evict.size
+            self._counts.evictions += evict.size
+            slots = np.concatenate([slots, freed])
+        self._insert(layer, ids[admit], offsets[admit], slots)
+
+    def _free_slots(self, layer: int, num: int) -> np.ndarray:
+        if num <= 0:
+            return np.empty(0, np.int64)
+        first, last = self._base[layer], self._base[layer + 1]
+        return np.asarray(first + np.flatnonzero(self._owner[first:last] < 0)[:num])
+
+    def _insert(self, layer: int, ids: np.ndarray, offsets: np.ndarray, slots: np.ndarray) -> None:
+        copy_records(self.arena, offsets, slots * self.layout.stride, self.layout.record_bytes)
+        self._slot_of[layer, ids] = slots
+        self._owner[slots] = ids
+        self._used[layer] += ids.size
+        self._counts.insertions += ids.size
+
+    def _in_order(self, layer: int) -> bool:
+        """Whether the layer is resident as a whole and in order, so that its slots are one chunk."""
+        if self._used[layer] < self.file.num_neurons:
+            return False
+        first = int(self._base[layer])
+        return bool((self._owner[first : first + self.file.num_neurons] == np.arange(self.file.num_neurons)).all())
+
+    def _chunk_bounds(self) -> list[tuple[int, int]]:
+        """(start, stop) of the chunks of a layer: as long as half of staging allows, less slack."""
+        slack = 2 * _PAGE
+        step = max(1, (self._staging_bytes // 2 // _PAGE * _PAGE - slack) // self.layout.stride)
+        last = self.file.num_neurons
+        return [(start, min(start + step, last)) for start in range(0, last, step)]
+
+    def _submit_chunk(self, layer: int, start: int, stop: int, half: int) -> _Pending:
+        ids = np.arange(start, stop, dtype=np.int32)
+        resident = self._slot_of[layer, start:stop] >= 0
+        first = int(self.file.starts(layer, ids[:1])[0])
+        align = self._reader.info.alignment
+        base = self._staging + half * (self._staging_bytes // 2 // _PAGE * _PAGE)
+        offset = base + first % align  # congruent with the file, so that reads land in place
+        chunk = Chunk(start, stop, offset)
+        missed = ids[~resident]
+        self._count_lookups(ids.size, missed.size)
+        if not missed.size:
+            return _Pending(chunk, None, resident)
+        plan = self._plan(layer, missed)
+        if plan is None:
+            raise RuntimeError("half of staging holds less than a chunk")
+        in_place = plan.offsets - (first - first % align) + base
+        return _Pending(chunk, self._submit(plan, in_place), resident)
+
+    def _finish_chunk(self, layer: int, pending: _Pending) -> None:
+        """Waits for the chunk's reads, checks them, and copies in what is resident."""
+        chunk, stride = pending.chunk, self.layout.stride
+        ids = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+        places = chunk.offset + np.arange(ids.size) * stride
+        hits, missed = pending.resident, ~pending.resident
+        if pending.ticket is not None:
+            self._wait(pending.ticket)
+            self._verify(layer, ids[missed], places[missed])
+        if hits.any():  # after the reads: those are aligned outward and may have overwritten neighbours
+            slots = self._slot_of[layer, ids[hits]].astype(np.int64)
+            copy_records(self.arena, slots * stride, places[hits], self.layout.record_bytes)

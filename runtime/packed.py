@@ -1,0 +1,186 @@
+"""A packed model on disk: its manifest, its files, and what makes them invalid. Knows the format, not how it is made.
+
+manifest.json          version, config, bundle layout, offset of every layer, checksums, the source's fingerprint
+bundles.safetensors    layers.N.bundles uint8 [F, stride], data at a 4 KiB boundary
+profile.safetensors    thresholds and frequencies for each CETT target
+sketch.safetensors     the 4-bit predictor
+resident.safetensors   everything but the FFN; only when standalone, else it is read from the source checkpoint
+tokenizer.json, tokenizer_info.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cache.bundle import BundleLayout
+from cache.errors import FormatError, FormatKind
+from cache.store import BundleFile
+from runtime.config import ModelConfig
+
+FORMAT = "coldstream-packed"
+VERSION = 1
+MANIFEST, BUNDLES, PROFILE, SKETCH, RESIDENT = (
+    "manifest.json",
+    "bundles.safetensors",
+    "profile.safetensors",
+    "sketch.safetensors",
+    "resident.safetensors",
+)
+_ALIGN = 4096  # of the FFN region of the file: a page, and every device's block
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The checkpoint that a packed model was made from, and still reads its resident part from unless standalone."""
+
+    path: str
+    kind: str
+    fingerprint: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed model whose manifest has been read and whose files have been seen; nothing is loaded."""
+
+    path: Path
+    config: ModelConfig
+    bundles: BundleFile
+    source: Source
+    standalone: bool
+    cett: float  # the default target
+    checksums: dict[str, str]  # sha256 of the small files
+    calibration: dict[str, Any]  # text, its hash, tokens
+
+    def read(self, file: str) -> dict[str, np.ndarray]:
+        """All tensors of a small file, its checksum verified. Raises FormatError."""
+        path = self.path / file
+        if sha256(path) != self.checksums[file]:
+            raise FormatError(FormatKind.BAD_CHECKSUM, f"{path}: the checksum is wrong; run `coldstream prepare` again")
+        try:
+            with safe_open(path, "np") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
+
+
+def is_packed(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def open_packed(path: Path) -> Packed:
+    """Reads the manifest and checks that its files are there and long enough. Raises FormatError."""
+    data = _read_manifest(path / MANIFEST)
+    try:
+        layout = BundleLayout.from_json(data["layout"])
+        config = ModelConfig.from_json(data["config"])
+        offsets = tuple(int(o) for o in data["layer_offsets"])
+        source = Source(str(data["source"]["path"]), str(data["source"]["kind"]), list(data["source"]["fingerprint"]))
+        packed = Packed(
+            path=path,
+            config=config,
+            bundles=BundleFile(path / BUNDLES, layout, config.intermediate_size, offsets),
+            source=source,
+            standalone=bool(data["standalone"]),
+            cett=float(data["cett"]),
+            checksums={str(k): str(v) for k, v in data["checksums"].items()},
+            calibration=dict(data["calibration"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            FormatKind.BAD_HEADER, f"{path / MANIFEST}: a field is missing or malformed ({error})"
+        ) from error
+    _check(packed)
+    return packed
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FormatError(FormatKind.MISSING_FILE, f"{path}: not found; {path.parent} is not a packed model")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FormatError(FormatKind.BAD_HEADER, f"{path}: not JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FormatError(FormatKind.BAD_MAGIC, f'{path}: "format" is not "{FORMAT}"')
+    if data.get("version") != VERSION:
+        found = data.get("version")
+        raise FormatError(
+            FormatKind.BAD_VERSION,
+            f"{path}: version {found!r}, this coldstream reads {VERSION}; run `coldstream prepare` again",
+        )
+    return data
+
+
+def _check(packed: Packed) -> None:
+    manifest, layers = packed.path / MANIFEST, packed.config.num_hidden_layers
+    layout = packed.bundles.layout
+    if len(packed.bundles.layer_offsets) != layers:
+        raise FormatError(
+            FormatKind.BAD_SHAPE, f"{manifest}: {len(packed.bundles.layer_offsets)} layer offsets for {layers} layers"
+        )
+    if layout.hidden_size != packed.config.hidden_size or layout.gated != packed.config.gated:
+        raise FormatError(FormatKind.BAD_SHAPE, f"{manifest}: the bundle layout is not that of the model's FFN")
+    if min(packed.bundles.layer_offsets) < 0:
+        raise FormatError(FormatKind.BAD_HEADER, f"{manifest}: a negative layer offset")
+    for name in (PROFILE, SKETCH, *((RESIDENT,) if packed.standalone else ())):
+        if name not in packed.checksums:
+            raise FormatError(FormatKind.BAD_HEADER, f"{manifest}: no checksum of {name}")
+        if not (packed.path / name).is_file():
+            raise FormatError(FormatKind.MISSING_FILE, f"{packed.path / name}: the file is missing")
+    packed.bundles.check()
+
+
+def write_manifest(packed: Packed) -> None:
+    """Writes manifest.json; the last file to be written, since a directory without one is not a model."""
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": packed.config.to_json(),
+        "layout": packed.bundles.layout.to_json(),
+        "layer_offsets": list(packed.bundles.layer_offsets),
+        "source": {"path": packed.source.path, "kind": packed.source.kind, "fingerprint": packed.source.fingerprint},
+        "standalone": packed.standalone,
+        "cett": packed.cett,
+        "checksums": packed.checksums,
+        "calibration": packed.calibration,
+    }
+    (packed.path / MANIFEST).write_text(json.dumps(data, indent=1))
+
+
+def bundle_header(num_layers: int, num_neurons: int, stride: int) -> tuple[bytes, tuple[int, ...]]:
+    """The safetensors header of the bundle file, its data at a 4 KiB boundary, and each layer's offset."""
+    shapes = [(f"layers.{i}.bundles", "U8", (num_neurons, stride), num_neurons * stride) for i in range(num_layers)]
+    header = safetensors_header(shapes)
+    return header, tuple(len(header) + i * num_neurons * stride for i in range(num_layers))
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The header of a safetensors file whose data follow in this order: (name, dtype, shape, bytes) of each tensor.
+
+    Padded with spaces, which the format allows, so that the data begin at a 4 KiB boundary.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    end = 0
+    for name, dtype, shape, num_bytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+    text = json.dumps(entries).encode()
+    padded = text + b" " * (-(len(text) + 8) % _ALIGN)
+    return struct.pack("<Q", len(padded)) + padded
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file; FormatError when it is missing."""
+    if not path.is_file():
+        raise FormatError(FormatKind.MISSING_FILE, f"{path}: the file is missing")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""Perplexity on a held-out text, dense beside sparse, paired token by token: what `coldstream perplexity` runs.
+
+The sparse figure goes the way that scoring goes in the server: masks row by row, through the same FFN, the same
+predictor and the same cache as decode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.errors import ColdstreamError
+from runtime.batch import Batch, SequenceView
+from runtime.load import Loaded, LoadOptions, default_heldout, load
+from runtime.pack import Progress
+from runtime.sparsity import block_error
+
+WINDOW = 1024  # tokens of context, each window a text of its own; the first token of a window is not scored
+_CHUNK = 128  # rows of logits at once: the vocabulary is large
+
+
+def perplexity(
+    model: str, options: LoadOptions, text: Path | None, tokens: int, cetts: Sequence[float], progress: Progress
+) -> dict[str, Any]:
+    """Dense, then each CETT: perplexity, increase over dense with its standard error, active and taken share.
+
+    The increase's standard error is that of the paired difference of log-likelihoods over blocks of neighbouring
+    tokens. Raises ColdstreamError.
+    """
+    path = text or default_heldout()
+    dense, found = _score(model, replace(options, mode="dense", cett=None), path, tokens, progress)
+    rows = [
+        {
+            "mode": "dense",
+            "cett": 0.0,
+            "perplexity": math.exp(dense.mean()),
+            "standard_error": _ppl_error(dense),
+            **found,
+        }
+    ]
+    for cett in cetts:
+        nll, found = _score(model, replace(options, mode="sparse", cett=cett), path, tokens, progress)
+        rows.append({"mode": "sparse", "cett": cett, **_compare(dense, nll), **found})
+    return {
+        "model": Path(model).name,
+        "text": path.name,
+        "text_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "tokens_scored": int(dense.size),
+        "window": WINDOW,
+        "rows": rows,
+    }
+
+
+def _compare(dense: np.ndarray, nll: np.ndarray) -> dict[str, float]:
+    base, value = math.exp(dense.mean()), math.exp(nll.mean())
+    return {
+        "perplexity": value,
+        "standard_error": _ppl_error(nll),
+        "increase": value - base,
+        "increase_standard_error": value * block_error(nll - dense),
+        "increase_percent": 100 * (value / base - 1),
+    }
+
+
+def _ppl_error(nll: np.ndarray) -> float:
+    return math.exp(nll.mean()) * block_error(nll)
+
+
+def _score(
+    model: str, options: LoadOptions, text: Path, tokens: int, progress: Progress
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Negative log-likelihoods of the text's tokens, and the shares of neurons that it took."""
+    loaded = load(model, options, progress)
+    try:
+        windows = _windows(loaded, text, tokens)
+        done = []
+        for i, window in enumerate(windows):
+            progress(
+                f"scoring {options.mode}" + (f" at CETT {options.cett:g}" if options.cett else ""), i / len(windows)
+            )
+            done.append(_score_window(loaded, window))
+        return np.concatenate(done), _shares(loaded)
+    finally:
+        loaded.close()
+
+
+def _windows(loaded: Loaded, text: Path, tokens: int) -> list[list[int]]:
+    if not text.is_file():
+        raise ColdstreamError(f"--text {text}: not found")
+    ids = loaded.tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:tokens]
+    length = min(WINDOW, loaded.plan.max_model_len)
+    if len(ids) < length:
+        raise ColdstreamError(f"--text {text}: {len(ids)} tokens, at least {length} are needed")
+    return [ids[s : s + length] for s in range(0, len(ids) - length + 1, length)]
+
+
+def _score_window(loaded: Loaded, ids: list[int]) -> np.ndarray:
+    kv, manager = loaded.new_kv()
+    blocks = manager.allocate(len(ids))
+    targets = torch.tensor(ids[1:])
+    out = []
+    for first in range(0, len(ids) - 1, _CHUNK):
+        part = ids[first : min(first + _CHUNK, len(ids) - 1)]
+        batch = Batch(
+            kind="score",
+            token_ids=torch.tensor(part),
+            positions=torch.arange(first, first + len(part)),
+            sequences=(SequenceView(blocks, first, len(part)),),
+            logits="all",
+        )
+        logits = loaded.model.forward(batch, kv, lambda: None)
+        if logits is None:
+            raise RuntimeError("a scoring batch returned no logits")
+        out.append(torch.nn.functional.cross_entropy(logits, targets[first : first + len(part)], reduction="none"))
+    return torch.cat(out).double().numpy()
+
+
+def _shares(loaded: Loaded) -> dict[str, float]:
+    """Shares of the FFN's neurons that were active (true magnitude at or above epsilon) and taken (predicted)."""
+    counted = loaded.model.counters()
+    if not counted.predicted_rows:
+        return {}
+    total = counted.predicted_rows * loaded.packed.bundles.num_neurons
+    return {"active_share": counted.active_neurons / total, "taken_share": counted.predicted_neurons / total}

@@ -1,0 +1,120 @@
+"""`create_app`: the HTTP application, made of its parts. Knows no model; loading and the process are the command's.
+
+What guards every request (key, size of the body, request id) is one plain ASGI layer: it sees the connection itself,
+so that a disconnect reaches whoever streams.
+"""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.async_engine import AsyncEngine
+from server.config import ServerConfig
+from server.errors import Refusals, body_too_large, install_handlers, internal_error, invalid_api_key
+from server.metrics import Metrics
+from server.routes import make_router
+
+__all__ = ["ServerConfig", "create_app"]
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+_MAX_REQUEST_ID = 128
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+    """The application. `engine` may be without a model yet: /health answers, the rest says 503 until `attach`."""
+    app = FastAPI(title="coldstream", version=config.version, docs_url=None, redoc_url=None)
+    refusals = Refusals()
+    install_handlers(app, refusals)
+    app.include_router(make_router(engine, config, Metrics(engine, config, refusals)))
+    app.add_middleware(Gate, config=config, refusals=refusals)
+    return app
+
+
+class Gate:
+    """Names every request, asks for the key, and limits the body, before anything is parsed."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, refusals: Refusals) -> None:
+        self._app, self._config, self._refusals = app, config, refusals
+        self._keys = tuple(key.encode() for key in config.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        named_send = _with_request_id(send, _request_id(headers))
+        if scope["path"] not in OPEN_PATHS and not self._may_pass(headers):
+            await self._refusals.answer(invalid_api_key())(scope, receive, named_send)
+        elif _content_length(headers) > self._config.max_body_bytes:
+            error = body_too_large(self._config.max_body_bytes)
+            await self._refusals.answer(error)(scope, receive, named_send)
+        else:
+            await self._pass(scope, _limited(receive, self._config.max_body_bytes), receive, named_send)
+
+    async def _pass(self, scope: Scope, limited: Receive, receive: Receive, send: Send) -> None:
+        """Runs the application. What nobody foresaw is answered here, under the request's id, and raised again."""
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, limited, noting)
+        except Exception:
+            if not started:
+                error = internal_error()
+                error.reason = None  # the handler behind counts it, and finds the answer on its way
+                await self._refusals.answer(error)(scope, receive, send)
+            raise
+
+    def _may_pass(self, headers: Headers) -> bool:
+        """Compares with every key, in constant time, so that the time tells nothing."""
+        if not self._keys:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        found = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(found)
+
+
+def _content_length(headers: Headers) -> int:
+    text = headers.get("content-length", "0")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def _limited(receive: Receive, limit_bytes: int) -> Receive:
+    """`receive`, that raises when a body without a declared length grows too large."""
+    seen = 0
+
+    async def limited() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit_bytes:
+            raise body_too_large(limit_bytes)
+        return message
+
+    return limited
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id when it is printable ASCII of a sensible length, else a new one."""
+    given = headers.get("x-request-id", "")
+    if 0 < len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex
+
+
+def _with_request_id(send: Send, request_id: str) -> Send:
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["x-request-id"] = request_id
+        await send(message)
+
+    return named

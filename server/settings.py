@@ -1,0 +1,154 @@
+"""`Settings`: every option of the command line, once, with its default; a flag wins over COLDSTREAM_*.
+
+Knows names, types and ranges of options; not what a model or a tier does with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cache.budget import parse_size
+from runtime.plan import FfnCache, PlanOptions
+
+if TYPE_CHECKING:
+    from runtime.load import LoadOptions
+
+PREFIX = "COLDSTREAM_"
+_ELSEWHERE = frozenset({"COLDSTREAM_CACHE_DIR"})  # read by the runtime: where packed models are kept
+
+Bundles = Literal["auto", "bf16", "fp16", "fp32", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bf16", "fp32"]
+Mode = Literal["sparse", "exact", "dense"]
+
+
+class SettingsError(ValueError):
+    """An option that cannot be read; one sentence that names the flag or the variable."""
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _share(value: object) -> object:
+    return FfnCache.parse(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+Share = Annotated[FfnCache, BeforeValidator(_share)]
+Positive = Annotated[int, Field(gt=0)]
+Cett = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Settings(BaseSettings):
+    """All options. A field `max_model_len` is the flag --max-model-len and the variable COLDSTREAM_MAX_MODEL_LEN."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, populate_by_name=True)
+
+    model: str | None = None
+    # prepare
+    out: Path | None = None
+    calibration: Path | None = None
+    bundles: Bundles = "auto"
+    standalone: bool = False
+    # what runs a model
+    memory: Size | None = None
+    gpu_memory: Size | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    threads: Positive | None = None
+    mode: Mode = "sparse"
+    cett: Cett | None = None
+    ffn_cache: Share | None = None
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive = 4
+    # serve
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_key: str | None = Field(None, min_length=1, repr=False)
+    served_model_name: str | None = None
+    audit_rate: Annotated[float, Field(ge=0, le=1)] = 1 / 1024
+    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
+    # bench, perplexity
+    prompt_tokens: Positive = 128
+    tokens: Positive | None = None
+    text: Path | None = None
+    as_json: bool = Field(False, validation_alias=f"{PREFIX}JSON")
+    # profile
+    quick: bool = False
+    # chat
+    url: str = "http://127.0.0.1:8000"
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return {"model": "MODEL", "as_json": "--json"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return f"{PREFIX}{'JSON' if name == 'as_json' else name.upper()}"
+
+
+def read_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings from the flags given (None: not given), the environment, and defaults. Raises SettingsError."""
+    named = {k: v for k, v in given.items() if v is not None}
+    try:
+        return Settings(**named)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, named)) from None
+
+
+def unknown_variables() -> list[str]:
+    """Variables that look like options and are none, so that a misspelt one does not pass in silence."""
+    known = {variable(name) for name in Settings.model_fields} | _ELSEWHERE
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def _sentence(error: ValidationError, named: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    field = str(first["loc"][0]).removeprefix(PREFIX).lower()
+    field = "as_json" if field == "json" else field
+    source = flag(field) if field in named else variable(field)
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    shown = "" if field == "api_key" or repr(first["input"]) in reason else f" (got {first['input']!r})"
+    return f"{source}: {reason[:1].lower()}{reason[1:]}{shown}"
+
+
+def load_options(settings: Settings) -> LoadOptions:
+    """What the runtime is told of the options."""
+    from runtime.load import LoadOptions
+
+    return LoadOptions(
+        memory_bytes=settings.memory,
+        gpu_memory_bytes=settings.gpu_memory,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        mode=settings.mode,
+        cett=settings.cett,
+        ffn_cache=settings.ffn_cache,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        audit_rate=settings.audit_rate,
+    )
+
+
+def plan_options(settings: Settings) -> PlanOptions:
+    """What the planner is told of the options."""
+    return PlanOptions(
+        memory_bytes=settings.memory,
+        gpu_memory_bytes=settings.gpu_memory,
+        dtype=settings.dtype,
+        mode=settings.mode,
+        ffn_cache=settings.ffn_cache,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        bundles=settings.bundles,
+    )

@@ -1,0 +1,332 @@
+"""The whole path below HTTP: checkpoint, packed model, cache, predictor, engine; against transformers and itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, UnsupportedError
+from runtime.bench import measure
+from runtime.load import Loaded, LoadOptions, load, prepare
+from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
+from runtime.plan import FfnCache
+from runtime.request import FinishReason, Request, SamplingParams
+
+PROMPTS = [[1, 5, 9, 14], [3] * 20, list(range(40, 2, -1)), [60, 2], [7, 11, 13, 17, 19, 23, 29, 31]]
+
+
+def quiet(what: str, share: float) -> None:
+    """No progress bar."""
+
+
+def packed(model: Path, out: Path, calibration: Path, **options: Any) -> Path:
+    arguments = {"cett": None, "bundles": "auto", "standalone": False, **options}
+    return prepare(str(model), out, calibration, progress=quiet, **arguments)
+
+
+def generate(loaded: Loaded, prompt: list[int], tokens: int, **params: Any) -> list[int]:
+    request = Request(
+        "r", tuple(prompt), SamplingParams(max_tokens=tokens, **{"temperature": 0.0, "ignore_eos": True, **params})
+    )
+    events = list(loaded.engine.generate(request))
+    assert events[-1].finish_reason is FinishReason.LENGTH, events[-1].error
+    return [e.token_id for e in events if e.token_id is not None]
+
+
+def check_greedy(reference: Any, prompt: list[int], found: list[int]) -> None:
+    """Token by token equal to transformers' greedy choice; a difference is allowed only at a near tie."""
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + found])).logits[0]
+    for i, token in enumerate(found):
+        row = logits[len(prompt) - 1 + i]
+        best, second = row.topk(2).values.tolist()
+        assert token == int(row.argmax()) or best - second < 1e-4, f"token {i}"
+        if token != int(row.argmax()):
+            return
+
+
+@pytest.mark.parametrize("bundles", ["fp32", "auto"])
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_arcee"])
+def test_dense_greedy_text_equals_transformers(
+    family: str, bundles: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    checkpoint, reference, text = request.getfixturevalue(family)
+    model = packed(checkpoint, tmp_path / "packed", text, bundles=bundles)
+    loaded = load(str(model), LoadOptions(mode="dense", dtype="fp32", ffn_cache=FfnCache.parse("25%")), quiet)
+    loaded.engine.start()
+    try:
+        for prompt in PROMPTS:
+            check_greedy(reference, prompt, generate(loaded, prompt, 32))
+        tier = loaded.cache.snapshot().tiers["cpu"]
+        assert 0.2 < tier.hits / tier.lookups < 0.3
+    finally:
+        loaded.engine.shutdown(0)
+        loaded.close()
+
+
+@pytest.mark.parametrize("family", ["tiny_relu2", "tiny_arcee"])
+def test_exact_equals_dense_and_reads_less(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    checkpoint, reference, text = request.getfixturevalue(family)
+    model = packed(checkpoint, tmp_path / "packed", text, bundles="fp32")
+    needed = {}
+    for mode in ("dense", "exact"):
+        loaded = load(str(model), LoadOptions(mode=mode, dtype="fp32", ffn_cache=FfnCache.parse("10%")), quiet)
+        loaded.engine.start()
+        check_greedy(reference, PROMPTS[0], generate(loaded, PROMPTS[0], 24))
+        needed[mode] = loaded.cache.snapshot().transfers["disk", "cpu"].needed_bytes
+        loaded.engine.shutdown(0)
+        loaded.close()
+    assert needed["exact"] < 0.8 * needed["dense"]
+
+
+def test_sparse_text_does_not_depend_on_the_cache(tmp_path: Path, tiny_relu2: Any) -> None:
+    """The active set is a function of the input: the same text at any cache size, alone or in company."""
+    checkpoint, _, text = tiny_relu2
+    model = packed(checkpoint, tmp_path / "packed", text, bundles="fp32", cett=0.15)
+    texts = []
+    for share in ("0%", "20%", "100%"):
+        loaded = load(str(model), LoadOptions(dtype="fp32", ffn_cache=FfnCache.parse(share)), quiet)
+        assert loaded.info["cett"] == 0.15
+        loaded.engine.start()
+        texts.append([generate(loaded, p, 24) for p in PROMPTS])
+        counters = loaded.model.counters()
+        assert counters.steps["sparse"] > 0 and counters.predicted_neurons > 0
+        loaded.engine.shutdown(0)
+        loaded.close()
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_lower_cett_takes_more_neurons(tmp_path: Path, tiny_relu2: Any) -> None:
+    checkpoint, _, text = tiny_relu2
+    model = packed(checkpoint, tmp_path / "packed", text)
+    taken = []
+    for cett in (0.01, 0.03, 0.2):
+        loaded = load(str(model), LoadOptions(cett=cett), quiet)
+        loaded.engine.start()
+        generate(loaded, PROMPTS[0], 16)
+        taken.append(loaded.model.counters().predicted_neurons)
+        loaded.engine.shutdown(0)
+        loaded.close()
+    assert taken[0] > taken[1] > taken[2] > 0
+
+
+def test_counters_add_up_and_agree_with_the_kernel(tmp_path: Path, tiny_relu2: Any) -> None:
+    checkpoint, _, text = tiny_relu2
+    model = packed(checkpoint, tmp_path / "packed", text)
+    loaded = load(str(model), LoadOptions(ffn_cache=FfnCache.parse("20%")), quiet)
+    try:
+        if "direct" not in str(loaded.info["io_engine"]):
+            pytest.skip("this file system has no O_DIRECT: the kernel's count is that of its page cache")
+        figures = measure(loaded, 16, 64, text)
+    finally:
+        loaded.close()
+    assert 0 < figures["hits"] < figures["lookups"]
+    assert 0 < figures["needed_bytes_per_token"] <= figures["bytes_read_per_token"]
+    assert figures["bytes_read_per_token"] == pytest.approx(figures["kernel_bytes_read_per_token"], rel=0.02)
+
+
+# -- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_llama: Any) -> Path:
+    checkpoint, _, text = tiny_llama
+    return packed(checkpoint, tmp_path / "packed", text)
+
+
+def refused(model: Path, kind: FormatKind, says: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        load(str(model), LoadOptions(), quiet).close()
+    assert caught.value.kind is kind
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def edit_manifest(model: Path, **fields: Any) -> None:
+    path = model / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_wrong_magic_and_version(model: Path) -> None:
+    edit_manifest(model, version=99)
+    refused(model, FormatKind.BAD_VERSION, "version 99")
+    edit_manifest(model, format="something else")
+    refused(model, FormatKind.BAD_MAGIC, MANIFEST)
+    (model / MANIFEST).write_text("{")
+    refused(model, FormatKind.BAD_HEADER, MANIFEST)
+
+
+def test_hostile_manifest(model: Path) -> None:
+    good = (model / MANIFEST).read_text()
+    for fields in (
+        {"layer_offsets": [0]},
+        {"layer_offsets": None},
+        {"config": {}},
+        {"layout": {}},
+        {"checksums": {}},
+        {"source": 3},
+    ):
+        (model / MANIFEST).write_text(good)
+        edit_manifest(model, **fields)
+        with pytest.raises(ColdstreamError, match=MANIFEST):
+            open_packed(model)
+    (model / MANIFEST).write_text(good)
+    edit_manifest(model, layer_offsets=[-4096, 0])
+    with pytest.raises(FormatError, match=MANIFEST):
+        open_packed(model)
+
+
+def test_truncated_bundles_and_missing_files(model: Path) -> None:
+    bundles = (model / BUNDLES).read_bytes()
+    (model / BUNDLES).write_bytes(bundles[:-1])
+    refused(model, FormatKind.TRUNCATED, BUNDLES)
+    (model / BUNDLES).write_bytes(bundles)
+    sketch = (model / SKETCH).read_bytes()
+    (model / SKETCH).write_bytes(sketch[:-1] + b"\x01")
+    refused(model, FormatKind.BAD_CHECKSUM, SKETCH)
+    (model / SKETCH).write_bytes(sketch)
+    (model / PROFILE).unlink()
+    refused(model, FormatKind.MISSING_FILE, PROFILE)
+
+
+def test_a_source_that_changed_or_vanished_is_refused(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    model = packed(copy, tmp_path / "packed", text)
+    alone = packed(copy, tmp_path / "alone", text, standalone=True)
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    refused(model, FormatKind.SOURCE_CHANGED, "changed since")
+    shutil.rmtree(copy)
+    refused(model, FormatKind.MISSING_FILE, "copy")
+    load(str(alone), LoadOptions(), quiet).close()  # standalone needs no source
+    assert (alone / RESIDENT).is_file() and not (model / RESIDENT).exists()
+
+
+def test_options_that_make_no_sense_are_refused_by_name(model: Path) -> None:
+    for options, says in (
+        (LoadOptions(device="cuda"), "--device"),
+        (LoadOptions(gpu_memory_bytes=1 << 30), "--gpu-memory"),
+        (LoadOptions(mode="exact"), "--mode exact: silu"),
+        (LoadOptions(mode="dense", cett=0.1), "--cett"),
+        (LoadOptions(cett=0.9), "--cett 0.9"),
+    ):
+        with pytest.raises(ColdstreamError, match=says):
+            load(str(model), options, quiet).close()
+
+
+def test_a_budget_too_small_names_the_smallest_that_works(model: Path) -> None:
+    with pytest.raises(BudgetError, match="--memory") as caught:
+        load(str(model), LoadOptions(memory_bytes=1 << 20), quiet)
+    smallest = caught.value.smallest_bytes
+    load(str(model), LoadOptions(memory_bytes=smallest + (64 << 20)), quiet).close()
+
+
+# -- packing that fails -----------------------------------------------------------------------------------------------
+
+
+def test_out_that_exists_is_refused(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    with pytest.raises(ColdstreamError, match="already exists"):
+        packed(checkpoint, tmp_path, text)
+
+
+def test_a_truncated_shard_leaves_nothing(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    shard = sorted(copy.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(FormatError) as caught:
+        packed(copy, tmp_path / "out" / "packed", text)
+    assert caught.value.kind is FormatKind.TRUNCATED and shard.name in str(caught.value)
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match=r"tokenizer\.json"):
+        packed(copy, tmp_path / "packed", text)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, tiny_llama: Any) -> None:
+    """On a real file system that is too small."""
+    checkpoint, _, text = tiny_llama
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", mount], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(ColdstreamError, match=r"disk"):
+            packed(checkpoint, mount / "packed", text)
+        assert not list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+_PREPARE = """
+import sys
+from pathlib import Path
+from runtime.load import prepare
+
+prepare(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), None, "auto", False, lambda w, s: print(s, flush=True))
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_loads(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    out = tmp_path / "packed"
+    run = subprocess.Popen(
+        [sys.executable, "-c", _PREPARE, str(checkpoint), str(out), str(text)], stdout=subprocess.PIPE
+    )
+    assert run.stdout is not None
+    run.stdout.readline()
+    run.stdout.readline()  # the second layer is being packed
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    assert not out.exists()
+    left = list(tmp_path.glob(".packed.partial-*"))
+    for directory in left:
+        with pytest.raises(FormatError):
+            open_packed(directory)
+    packed(checkpoint, out, text)  # the next run succeeds, and cleans up behind the killed one
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    assert time.time() - out.stat().st_mtime < 600
+
+
+def test_unsupported_is_said_by_name(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(UnsupportedError, match="hidden_act"):
+        packed(copy, tmp_path / "packed", text)
+
+
+def test_profile_shares_are_shares(model: Path) -> None:
+    profile = open_packed(model).read(PROFILE)
+    assert ((profile["active"] > 0) & (profile["active"] <= 1)).all()
+    assert (np.diff(profile["active"], axis=1) <= 0).all()
+    assert profile["frequency"].shape[0] == profile["targets"].size

@@ -1,0 +1,211 @@
+"""The cache over a real file: bytes are right, counters add up, budgets hold, damage is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.bundle import BundleDtype, BundleLayout, pack_records, unpack_vector
+from cache.errors import FormatError, ReadError
+from cache.neuron_cache import NeuronCache, smallest_staging_bytes
+from cache.store import BundleFile
+
+LAYERS, NEURONS, HIDDEN = 3, 700, 96
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> BundleFile:
+    layout = BundleLayout.make(HIDDEN, True, BundleDtype.FP32)
+    path = tmp_path / "bundles"
+    with path.open("wb") as out:
+        out.write(b"h" * 4096)
+        for layer in range(LAYERS):
+            out.write(pack_records(layout, vectors(layer)).tobytes())
+    size = NEURONS * layout.stride
+    return BundleFile(path, layout, NEURONS, tuple(4096 + i * size for i in range(LAYERS)))
+
+
+def vectors(layer: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(layer)
+    return {n: rng.standard_normal((NEURONS, HIDDEN), np.float32) for n in ("gate", "up", "down")}
+
+
+def make(file: BundleFile, slots: int, staging: int = 0, **options: str) -> NeuronCache:
+    frequency = np.tile(np.linspace(0.9, 0.0, NEURONS), (LAYERS, 1))
+    return NeuronCache(file, [slots] * LAYERS, staging or smallest_staging_bytes(file.layout), frequency, **options)
+
+
+def read_back(cache: NeuronCache, offsets: np.ndarray, name: str) -> np.ndarray:
+    stride = cache.layout.stride
+    records = (
+        np.stack([cache.arena[o : o + stride] for o in offsets]) if offsets.size else np.empty((0, stride), np.uint8)
+    )
+    return unpack_vector(cache.layout, records, name)
+
+
+def check_lease(cache: NeuronCache, layer: int, ids: np.ndarray) -> int:
+    """Acquires, compares every byte that would be computed with, releases; the number of hits."""
+    lease = cache.acquire(layer, ids)
+    assert lease is not None
+    for name, expected in vectors(layer).items():
+        np.testing.assert_array_equal(read_back(cache, lease.offsets, name), expected[ids])
+    hits = int(lease.hit.sum())
+    cache.release(lease)
+    return hits
+
+
+@pytest.mark.parametrize("engine", ["auto", "pread", "buffered"])
+@pytest.mark.parametrize("slots", [0, 1, 50, NEURONS])
+def test_every_record_is_right_whatever_is_resident(file: BundleFile, slots: int, engine: str) -> None:
+    cache = make(file, slots, io_engine=engine)
+    rng = np.random.default_rng(9)
+    lookups = hits = 0
+    for step in range(30):
+        for layer in range(LAYERS):
+            ids = np.flatnonzero(rng.random(NEURONS) < (0.0 if step == 3 else 0.15)).astype(np.int32)
+            hits += check_lease(cache, layer, ids)
+            lookups += ids.size
+    tier = cache.snapshot().tiers["cpu"]
+    assert (tier.lookups, tier.hits, tier.misses) == (lookups, hits, lookups - hits)
+    assert tier.insertions - tier.evictions == sum(cache.resident(i).size for i in range(LAYERS))
+    assert tier.used_bytes <= tier.capacity_bytes == slots * LAYERS * file.layout.stride
+    cache.close()
+
+
+@pytest.mark.parametrize("slots", [0, 50, NEURONS])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_stream_is_the_whole_layer_in_order(file: BundleFile, slots: int, warm: bool) -> None:
+    cache = make(file, slots)
+    if warm:
+        for layer in range(LAYERS):
+            cache.warm(layer)
+    else:
+        check_lease(cache, 1, np.arange(0, NEURONS, 7, dtype=np.int32))
+    before = cache.snapshot().tiers["cpu"]
+    resident = cache.resident(1).size
+    seen = 0
+    for chunk in cache.stream(1):
+        assert chunk.start == seen
+        seen = chunk.stop
+        offsets = chunk.offset + np.arange(chunk.stop - chunk.start) * file.layout.stride
+        for name, expected in vectors(1).items():
+            np.testing.assert_array_equal(read_back(cache, offsets, name), expected[chunk.start : chunk.stop])
+    assert seen == NEURONS
+    moved = cache.snapshot().tiers["cpu"] - before
+    assert (moved.lookups, moved.hits) == (NEURONS, resident)
+    cache.close()
+
+
+def test_chunks_do_not_depend_on_what_is_resident(file: BundleFile) -> None:
+    cold, warm = make(file, 300), make(file, 300)
+    warm.warm(0)
+    bounds = [[(c.start, c.stop) for c in cache.stream(0)] for cache in (cold, warm)]
+    assert bounds[0] == bounds[1]
+
+
+def test_warm_fills_the_slots_with_what_the_profile_ranks_first(file: BundleFile) -> None:
+    cache = make(file, 40)
+    cache.warm(2)
+    assert cache.resident(2).tolist() == list(range(40))
+    assert check_lease(cache, 2, np.arange(60, dtype=np.int32)) == 40
+
+
+def test_what_is_used_often_replaces_what_is_not(file: BundleFile) -> None:
+    cache = make(file, 40)
+    cache.warm(0)
+    used = np.arange(500, 540, dtype=np.int32)
+    for _ in range(200):
+        check_lease(cache, 0, used)
+    assert cache.resident(0).tolist() == used.tolist()
+    assert check_lease(cache, 0, used) == 40
+
+
+def test_misses_that_do_not_fit_staging_are_refused_without_a_trace(tmp_path: Path) -> None:
+    layout = BundleLayout.make(1024, True, BundleDtype.FP32)
+    rng = np.random.default_rng(0)
+    data = {n: rng.standard_normal((256, 1024), np.float32) for n in ("gate", "up", "down")}
+    path = tmp_path / "large"
+    path.write_bytes(pack_records(layout, data).tobytes())
+    cache = NeuronCache(BundleFile(path, layout, 256, (0,)), [4], smallest_staging_bytes(layout), np.zeros((1, 256)))
+    before = cache.snapshot()
+    assert cache.acquire(0, np.arange(256, dtype=np.int32)) is None
+    assert cache.snapshot() == before
+    assert check_lease_values(cache, data, np.arange(0, 256, 9, dtype=np.int32))
+
+
+def check_lease_values(cache: NeuronCache, data: dict[str, np.ndarray], ids: np.ndarray) -> bool:
+    lease = cache.acquire(0, ids)
+    assert lease is not None
+    np.testing.assert_array_equal(read_back(cache, lease.offsets, "down"), data["down"][ids])
+    cache.release(lease)
+    return True
+
+
+def test_bytes_read_cover_the_bytes_needed(file: BundleFile) -> None:
+    cache = make(file, 20)
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        check_lease(cache, 0, np.flatnonzero(rng.random(NEURONS) < 0.1).astype(np.int32))
+    for _ in cache.stream(1):
+        pass
+    snapshot = cache.snapshot()
+    moved, sizes = snapshot.transfers["disk", "cpu"], snapshot.read_sizes["disk"]
+    assert moved.needed_bytes == snapshot.tiers["cpu"].misses * file.layout.record_bytes
+    assert 0 < moved.needed_bytes <= moved.bytes
+    assert sizes.sum == moved.bytes
+    assert moved.stall_seconds > 0 and moved.seconds > 0
+
+
+def test_a_damaged_record_is_an_error_and_the_next_request_is_right(file: BundleFile) -> None:
+    with file.path.open("r+b") as out:
+        out.seek(file.layer_offsets[1] + 33 * file.layout.stride + 5)
+        out.write(b"\xff\x00\xff")
+    cache = make(file, 50)
+    with pytest.raises(ReadError, match=r"checksum.*layer 1, neuron 33"):
+        cache.acquire(1, np.array([3, 33, 60], np.int32))
+    with pytest.raises(ReadError, match="neuron 33"):
+        for _ in cache.stream(1):
+            pass
+    assert 33 not in cache.resident(1)
+    check_lease(cache, 1, np.array([3, 60], np.int32))
+    check_lease(cache, 0, np.array([33], np.int32))
+
+
+def test_a_file_that_shrinks_is_an_error(file: BundleFile) -> None:
+    cache = make(file, 10)
+    with file.path.open("r+b") as out:
+        out.truncate(file.layer_offsets[2])
+    with pytest.raises(ReadError, match="bundles"):
+        cache.acquire(2, np.array([699], np.int32))
+    check_lease(cache, 0, np.array([5], np.int32))
+
+
+def test_a_short_or_absent_file_is_refused_at_once(file: BundleFile) -> None:
+    with file.path.open("r+b") as out:
+        out.truncate(file.layer_offsets[2] + 100)
+    with pytest.raises(FormatError, match="bundles"):
+        make(file, 10)
+    file.path.unlink()
+    with pytest.raises(FormatError, match="missing"):
+        make(file, 10)
+
+
+def test_a_stream_closed_early_leaves_a_cache_that_works(file: BundleFile) -> None:
+    cache = make(file, 10)
+    stream = cache.stream(0)
+    next(stream)
+    with pytest.raises(RuntimeError, match="release"):
+        cache.acquire(0, np.array([1], np.int32))
+    stream.close()
+    check_lease(cache, 0, np.array([1], np.int32))
+
+
+def test_one_lease_at_a_time(file: BundleFile) -> None:
+    cache = make(file, 10)
+    lease = cache.acquire(0, np.array([1], np.int32))
+    assert lease is not None
+    with pytest.raises(RuntimeError, match="release"):
+        cache.acquire(0, np.array([2], np.int32))
+    cache.release(lease)
