@@ -414,19 +414,24 @@ def _try_to_wait(reader: Reader, ticket: int, outcomes: list[object]) -> None:
 def test_a_dropped_reader_gives_back_its_descriptors_and_threads(file: Path, engine: str, make: MakeReader) -> None:
     write(file, 4 * MIB)
     make(file, new_arena(), engine).close()
-    before = _descriptors_and_threads()
+    descriptors, threads = _descriptors(), _threads()
     for _ in range(5):
         reader = Reader(file, new_arena(), engine=engine)
         reader.submit(np.arange(64) * 65536, np.full(64, 65536), np.arange(64) * 65536)
         del reader  # with reads under way
     gc.collect()
-    assert _descriptors_and_threads() == before
+    assert _descriptors() <= descriptors  # the collector may also have closed what earlier tests left
+    assert _threads() <= threads
 
 
-def _descriptors_and_threads() -> tuple[int, int]:
+def _descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def _threads() -> set[str]:
     """Of this process, without io_uring's kernel workers, which idle for a while on their own."""
-    names = [p.read_text() for p in Path("/proc/self/task").glob("*/comm")]
-    return len(os.listdir("/proc/self/fd")), sum(not name.startswith("iou-") for name in names)
+    names = {p.parent.name: p.read_text() for p in Path("/proc/self/task").glob("*/comm")}
+    return {task for task, name in names.items() if not name.startswith("iou-")}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
