@@ -46,7 +46,9 @@ class Metrics(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        yield _gauge("info", "What is served.", {tuple(self._info().values()): 1.0}, tuple(self._info()))
+        yield _gauge(
+            "info", "What is served and how; always 1.", {tuple(self._info().values()): 1.0}, tuple(self._info())
+        )
         model = self._engine.loaded
         if model is None:
             yield _failures(self._refusals.counts)
@@ -71,22 +73,26 @@ class Metrics(Collector):
     def _info(self) -> dict[str, str]:
         model = self._engine.loaded
         info = {} if model is None else model.info
-        known = {name: str(info.get(name, "")) for name in ("mode", "device", "kernel")}
+        known = {name: str(info.get(name, "")) for name in ("mode", "device", "kernel", "io_engine")}
         return {"version": self._config.version, "model": self._config.served_model_name, **known}
 
 
 def _failures(counts: Mapping[str, int], known: Iterable[str] = ()) -> Metric:
     """`known` reasons are shown at 0 too."""
     values = {**dict.fromkeys(known, 0), **counts}
-    return _counter("request_failure", "Requests that failed or were refused.", _one(values), ("reason",))
+    return _counter("request_failure", "Requests that failed or were refused, by reason.", _one(values), ("reason",))
 
 
 def _requests(snapshot: EngineSnapshot) -> Iterator[Metric]:
-    yield _counter("request_success", "Requests that were finished.", _one(snapshot.success), ("finish_reason",))
+    yield _counter(
+        "request_success", "Requests that were answered to their end.", _one(snapshot.success), ("finish_reason",)
+    )
     yield _gauge("num_requests_running", "Requests that are being computed.", _single(snapshot.num_requests_running))
     yield _gauge("num_requests_waiting", "Requests in the queue.", _single(snapshot.num_requests_waiting))
-    yield _counter("prompt_tokens", "Prompt tokens read.", _single(snapshot.prompt_tokens))
-    yield _counter("generation_tokens", "Tokens generated.", _single(snapshot.generation_tokens))
+    yield _counter("prompt_tokens", "Tokens of prompts that were read.", _single(snapshot.prompt_tokens))
+    yield _counter(
+        "generation_tokens", "Tokens generated, those that end a text included.", _single(snapshot.generation_tokens)
+    )
 
 
 def _latencies(snapshot: EngineSnapshot) -> Iterator[Metric]:
@@ -100,21 +106,35 @@ def _latencies(snapshot: EngineSnapshot) -> Iterator[Metric]:
 
 
 def _model(snapshot: EngineSnapshot) -> Iterator[Metric]:
-    yield _counter("steps", "Passes through the model.", _one(snapshot.steps), ("kind",))
+    yield _counter("steps", "Passes through the model, by kind.", _one(snapshot.steps), ("kind",))
     yield _counter("active_neurons", "Neurons computed, over tokens and layers.", _single(snapshot.active_neurons))
     yield _counter("predicted_neurons", "Neurons the predictor named.", _single(snapshot.predicted_neurons))
     yield _counter("overflow", "Layers computed densely as too many neurons were active.", _single(snapshot.overflow))
     yield from _audit(snapshot.audit)
-    yield _gauge("kv_used_bytes", "KV cache in use.", _single(snapshot.kv_used_bytes))
+    yield _gauge("kv_used_bytes", "KV cache that running requests hold.", _single(snapshot.kv_used_bytes))
 
 
 def _audit(audit: AuditSnapshot) -> Iterator[Metric]:
-    yield _counter("audit_tokens", "Sampled rows of layers that were computed densely too.", _single(audit.tokens))
-    yield _counter("audit_true_positive", "Of their active neurons, those taken.", _single(audit.true_positive))
-    yield _counter("audit_false_negative", "Of their active neurons, those not taken.", _single(audit.false_negative))
-    yield _counter("audit_dropped", "Samples that found no place to wait.", _single(audit.dropped))
-    yield _counter("audit_read_bytes", "Bytes read for audits, past the cache.", _single(audit.read_bytes))
-    yield _histogram("audit_ffn_relative_error", "Error of the FFN's output beside dense.", {(): audit.relative_error})
+    yield _counter(
+        "audit_tokens", "Rows of single layers that were sampled and computed densely too.", _single(audit.tokens)
+    )
+    yield _counter(
+        "audit_true_positive", "Truly active neurons of audited rows that were taken.", _single(audit.true_positive)
+    )
+    yield _counter(
+        "audit_false_negative",
+        "Truly active neurons of audited rows that were not taken.",
+        _single(audit.false_negative),
+    )
+    yield _counter("audit_dropped", "Audit samples that were dropped, as too many waited.", _single(audit.dropped))
+    yield _counter(
+        "audit_read_bytes", "Bytes read for audits, past the cache and its counters.", _single(audit.read_bytes)
+    )
+    yield _histogram(
+        "audit_ffn_relative_error",
+        "Relative error of the FFN's output beside dense, audited rows.",
+        {(): audit.relative_error},
+    )
 
 
 def _cache(cache: CacheSnapshot) -> Iterator[Metric]:
@@ -126,11 +146,14 @@ def _cache(cache: CacheSnapshot) -> Iterator[Metric]:
         ("insertions", "Neurons that got a slot."),
     ):
         yield _counter(f"neuron_cache_{field}", text, _by_tier(cache.tiers, field), ("tier",))
-    for field, text in (("capacity_bytes", "Size of the slots."), ("used_bytes", "Bytes of slots that hold a neuron.")):
+    for field, text in (
+        ("capacity_bytes", "Size of the tier's slots for neurons."),
+        ("used_bytes", "Bytes of slots that hold a neuron."),
+    ):
         yield _gauge(f"neuron_cache_{field}", text, _by_tier(cache.tiers, field), ("tier",))
     yield from _transfers(cache.transfers)
     sizes = {(src,): histogram for src, histogram in cache.read_sizes.items()}
-    yield _histogram("read_size_bytes", "Sizes of the read requests.", sizes, ("src",))
+    yield _histogram("read_size_bytes", "Sizes of the read requests, by the tier that was read.", sizes, ("src",))
     yield _counter("prefetch_issued_bytes", "Bytes read ahead.", _single(cache.prefetch_issued_bytes))
     yield _counter("prefetch_used_bytes", "Bytes read ahead and used.", _single(cache.prefetch_used_bytes))
     yield _counter("prefetch_wasted_bytes", "Bytes read ahead for nothing.", _single(cache.prefetch_wasted_bytes))
@@ -139,8 +162,8 @@ def _cache(cache: CacheSnapshot) -> Iterator[Metric]:
 def _transfers(transfers: Mapping[tuple[str, str], TransferSnapshot]) -> Iterator[Metric]:
     for field, text in (
         ("bytes", "Bytes that crossed between tiers, aligned outward."),
-        ("seconds", "Time with at least one read under way."),
-        ("requests", "Read requests."),
+        ("seconds", "Time with at least one read between the tiers under way."),
+        ("requests", "Read requests between tiers."),
     ):
         values = {pair: getattr(transfer, field) for pair, transfer in transfers.items()}
         yield _counter(f"transfer_{field}", text, values, ("src", "dst"))
@@ -153,8 +176,18 @@ def _transfers(transfers: Mapping[tuple[str, str], TransferSnapshot]) -> Iterato
 
 
 def _memory(snapshot: EngineSnapshot) -> Iterator[Metric]:
-    yield _gauge("memory_budget_bytes", "Memory promised.", _one(snapshot.memory_budget_bytes), ("tier",))
-    yield _gauge("memory_used_bytes", "Memory by use.", snapshot.memory_used_bytes, ("tier", "use"))
+    yield _gauge(
+        "memory_budget_bytes",
+        "Memory that all of the process may take, by tier.",
+        _one(snapshot.memory_budget_bytes),
+        ("tier",),
+    )
+    yield _gauge(
+        "memory_used_bytes",
+        "Memory that the plan gives to each use, by tier.",
+        snapshot.memory_used_bytes,
+        ("tier", "use"),
+    )
 
 
 def _by_tier(tiers: Mapping[str, TierSnapshot], field: str) -> Labelled:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import httpx
@@ -13,42 +15,49 @@ from prometheus_client.samples import Sample
 from tests.fake_engine import FakeEngine, byte_tokenizer
 from tests.live_server import LiveServer, live_server
 
-NAMES = [
-    "neuron_cache_lookups_total",
-    "neuron_cache_hits_total",
-    "neuron_cache_misses_total",
-    "neuron_cache_evictions_total",
-    "neuron_cache_insertions_total",
-    "neuron_cache_capacity_bytes",
-    "neuron_cache_used_bytes",
-    "transfer_bytes_total",
-    "transfer_seconds_total",
-    "transfer_requests_total",
-    "read_size_bytes_bucket",
-    "stall_seconds_total",
-    "prefetch_issued_bytes_total",
-    "prefetch_used_bytes_total",
-    "prefetch_wasted_bytes_total",
-    "needed_bytes_total",
-    "steps_total",
-    "kv_used_bytes",
-    "overflow_total",
-    "active_neurons_total",
-    "predicted_neurons_total",
-    "memory_budget_bytes",
-    "memory_used_bytes",
-    "num_requests_running",
-    "num_requests_waiting",
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "request_success_total",
-    "request_failure_total",
-    "time_to_first_token_seconds_bucket",
-    "inter_token_latency_seconds_bucket",
-    "e2e_request_latency_seconds_bucket",
-    "request_queue_time_seconds_bucket",
-    "info",
-]
+# Everything that is exposed, by family: type and labels. A new metric has its line here.
+FAMILIES: dict[str, tuple[str, set[str]]] = {
+    "info": ("gauge", {"version", "model", "mode", "device", "kernel", "io_engine"}),
+    "neuron_cache_lookups": ("counter", {"tier"}),
+    "neuron_cache_hits": ("counter", {"tier"}),
+    "neuron_cache_misses": ("counter", {"tier"}),
+    "neuron_cache_evictions": ("counter", {"tier"}),
+    "neuron_cache_insertions": ("counter", {"tier"}),
+    "neuron_cache_capacity_bytes": ("gauge", {"tier"}),
+    "neuron_cache_used_bytes": ("gauge", {"tier"}),
+    "transfer_bytes": ("counter", {"src", "dst"}),
+    "transfer_seconds": ("counter", {"src", "dst"}),
+    "transfer_requests": ("counter", {"src", "dst"}),
+    "read_size_bytes": ("histogram", {"src"}),
+    "stall_seconds": ("counter", {"src"}),
+    "prefetch_issued_bytes": ("counter", set()),
+    "prefetch_used_bytes": ("counter", set()),
+    "prefetch_wasted_bytes": ("counter", set()),
+    "needed_bytes": ("counter", set()),
+    "steps": ("counter", {"kind"}),
+    "kv_used_bytes": ("gauge", set()),
+    "overflow": ("counter", set()),
+    "active_neurons": ("counter", set()),
+    "predicted_neurons": ("counter", set()),
+    "audit_tokens": ("counter", set()),
+    "audit_true_positive": ("counter", set()),
+    "audit_false_negative": ("counter", set()),
+    "audit_dropped": ("counter", set()),
+    "audit_read_bytes": ("counter", set()),
+    "audit_ffn_relative_error": ("histogram", set()),
+    "memory_budget_bytes": ("gauge", {"tier"}),
+    "memory_used_bytes": ("gauge", {"tier", "use"}),
+    "num_requests_running": ("gauge", set()),
+    "num_requests_waiting": ("gauge", set()),
+    "prompt_tokens": ("counter", set()),
+    "generation_tokens": ("counter", set()),
+    "request_success": ("counter", {"finish_reason"}),
+    "request_failure": ("counter", {"reason"}),
+    "time_to_first_token_seconds": ("histogram", set()),
+    "inter_token_latency_seconds": ("histogram", set()),
+    "e2e_request_latency_seconds": ("histogram", set()),
+    "request_queue_time_seconds": ("histogram", set()),
+}
 
 
 @pytest.fixture
@@ -57,10 +66,14 @@ def server() -> Iterator[LiveServer]:
         yield live
 
 
-def scrape(server: LiveServer) -> list[Sample]:
+def scrape_text(server: LiveServer) -> str:
     response = httpx.get(server.url + "/metrics")
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain; version=")
-    return [s for family in parser.text_string_to_metric_families(response.text) for s in family.samples]
+    return response.text
+
+
+def scrape(server: LiveServer) -> list[Sample]:
+    return [s for family in parser.text_string_to_metric_families(scrape_text(server)) for s in family.samples]
 
 
 def value(samples: list[Sample], name: str, **labels: str) -> float:
@@ -69,10 +82,26 @@ def value(samples: list[Sample], name: str, **labels: str) -> float:
     return found
 
 
-def test_every_name_is_there(server: LiveServer) -> None:
-    found = {sample.name for sample in scrape(server)}
-    assert {f"coldstream_{name}" for name in NAMES} <= found
-    assert "process_resident_memory_bytes" in found
+def test_names_types_and_labels_are_the_promised_ones(server: LiveServer) -> None:
+    families = [
+        f for f in parser.text_string_to_metric_families(scrape_text(server)) if f.name.startswith("coldstream_")
+    ]
+    found = {f.name.removeprefix("coldstream_"): (f.type, set(f.samples[0].labels) - {"le"}) for f in families}
+    assert found == FAMILIES
+    assert all(len(f.documentation.split()) > 2 and f.documentation.endswith(".") for f in families)
+
+
+def test_the_process_is_measured_too(server: LiveServer) -> None:
+    assert "process_resident_memory_bytes" in {sample.name for sample in scrape(server)}
+
+
+def test_promtool_finds_nothing_to_complain_about(server: LiveServer) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool: not installed (apt-get install prometheus)")
+    command = [promtool, "check", "metrics"]
+    done = subprocess.run(command, input=scrape_text(server), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_cache_counters_are_the_snapshots(server: LiveServer) -> None:
@@ -130,6 +159,7 @@ def test_one_snapshot_a_scrape(server: LiveServer) -> None:
 
 def test_info_names_what_is_served(server: LiveServer) -> None:
     labels = {"version": "1.2.3", "model": "tiny", "mode": "sparse", "device": "cpu", "kernel": "generic"}
+    labels["io_engine"] = "pread+direct"
     assert value(scrape(server), "info", **labels) == 1
 
 
