@@ -30,6 +30,7 @@ from cache.stats import CacheSnapshot
 from runtime.audit import Auditor, AuditSnapshot
 from runtime.batch import Batch, Cancelled, ModelCounters
 from runtime.config import ModelConfig
+from runtime.constraint import ConstraintCompiler
 from runtime.engine_stats import EngineSnapshot, EngineStats, FailureReason, MemoryLevels
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.request import FinishReason, Request, RequestAccount, TokenEvent, TokenLogprob
@@ -60,12 +61,16 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits. max_queue: requests that may wait beyond the max_num_seqs that may run; prefill_chunk: tokens."""
+    """Limits. max_queue: requests that may wait beyond the max_num_seqs that may run; prefill_chunk: tokens.
+
+    max_wait_s: seconds that a request may wait for a place and for KV; None: as long as it takes.
+    """
 
     max_model_len: int
     max_num_seqs: int
     kv_blocks: int
     max_queue: int = 64
+    max_wait_s: float | None = None
     prefill_chunk: int = 512
     block_size: int = 16
 
@@ -91,6 +96,7 @@ class Engine:
         cache_snapshot: Callable[[], CacheSnapshot],
         memory: MemoryLevels | None = None,
         auditor: Auditor | None = None,
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         if (kv.num_blocks, kv.block_size) != (config.kv_blocks, config.block_size):
             raise ValueError(
@@ -102,6 +108,7 @@ class Engine:
         self._cache_snapshot = cache_snapshot
         self._memory = memory or MemoryLevels()
         self._auditor = auditor
+        self._constraints = constraints
         self._steps_since_audit = 0
         self._blocks = BlockManager(kv.num_blocks, kv.block_size)
         self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.prefill_chunk)
@@ -129,7 +136,7 @@ class Engine:
         Raises QueueFullError, ContextLengthError, EngineStoppedError, or RequestError for what makes no sense.
         """
         self._check_request(request)
-        sampler = Sampler(request.params, request.prompt_ids, self._model.config.vocab_size)
+        sampler = Sampler(request.params, request.prompt_ids, self._model.config.vocab_size, self._constraints)
         sequence = Sequence(request, on_event, sampler, time.perf_counter())
         with self._wake:
             self._check_open(request.request_id)
@@ -212,6 +219,8 @@ class Engine:
             raise RequestError(f"The prompt holds a token id outside of 0..{vocab_size - 1}.")
         if any(not 0 <= token_id < vocab_size for token_id in params.logit_bias):
             raise RequestError(f"logit_bias names a token id outside of 0..{vocab_size - 1}.")
+        if params.json_schema is not None and self._constraints is None:
+            raise RequestError("This engine cannot hold answers to a JSON schema.")
         if params.max_tokens < 0:
             raise RequestError(f"max_tokens is {params.max_tokens}; it must be 0 or more.")
         self._check_length(request)
@@ -285,6 +294,7 @@ class Engine:
         """One step: receive commands, admit, schedule, run the model, collect tokens."""
         self._receive()
         self._admit()
+        self._expire()
         step = self._scheduler.schedule()
         if step is None:
             return
@@ -320,6 +330,15 @@ class Engine:
         for sequence in self._scheduler.admit():
             sequence.account.queue_s = now_s - sequence.arrived_s
             self._stats.admitted(sequence.account.queue_s)
+
+    def _expire(self) -> None:
+        """Gives up what has waited for too long, so that its client may try elsewhere."""
+        limit_s = self._config.max_wait_s
+        if limit_s is None:
+            return
+        for sequence in self._scheduler.arrived_before(time.perf_counter() - limit_s):
+            message = f"No place was free for this request within {limit_s:g} s. Try again later."
+            self._finish(sequence, FinishReason.ERROR, failure=FailureReason.WAIT_LIMIT, error=message)
 
     def _forward(self, step: Step) -> torch.Tensor | None:
         """Runs the model and charges the step's requests for it, whatever came of it."""
@@ -469,6 +488,7 @@ class Engine:
                 finish_reason=reason,
                 account=RequestAccount(**asdict(sequence.account)),
                 error=error,
+                failure=failure.value if reason is FinishReason.ERROR else None,
             ),
         )
 

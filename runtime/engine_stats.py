@@ -27,6 +27,7 @@ class FailureReason(StrEnum):
     QUEUE_FULL = "queue_full"
     CONTEXT_LENGTH = "context_length"
     STOPPED = "stopped"
+    WAIT_LIMIT = "wait_limit"  # no place or no KV for too long
     CANCELLED = "cancelled"  # by its consumer
     READ_ERROR = "read_error"
     INTERNAL = "internal"

@@ -22,6 +22,7 @@ from cache.neuron_cache import NeuronCache
 from runtime.audit import Auditor
 from runtime.checkpoint import Checkpoint, FileFingerprint, ResidentFile, open_checkpoint
 from runtime.config import ModelConfig
+from runtime.constraint import ConstraintCompiler
 from runtime.engine import Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.gates import read_gates
@@ -54,6 +55,7 @@ class LoadOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 4
     max_queue: int = 64
+    max_wait_s: float | None = None
     audit_rate: float = 0.0
     kernel: str = "auto"
     io_engine: str = "auto"
@@ -180,7 +182,10 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
     decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters)
-    engine = Engine(decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor)
+    constraints = ConstraintCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+    engine = Engine(
+        decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor, constraints
+    )
     info: dict[str, object] = {
         "mode": options.mode,
         "cett": cett if options.mode == "sparse" else 0.0,
@@ -246,6 +251,7 @@ def _engine_config(plan: Plan, options: LoadOptions) -> EngineConfig:
         max_model_len=plan.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
+        max_wait_s=options.max_wait_s,
         kv_blocks=plan.kv_blocks,
         block_size=plan.block_size,
         prefill_chunk=plan.prefill_chunk,

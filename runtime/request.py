@@ -32,6 +32,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     num_logprobs: int | None = None  # None: not asked; 0: only the chosen token's
     prompt_logprobs: int | None = None  # as above, for the prompt's own tokens (echo); scored with the sparse semantics
+    json_schema: str | None = None  # JSON text of a schema that the answer has to fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class TokenEvent:
     """One thing that happened to a request, in order: progress of prefill, a token, the end.
 
     The last event has `finish_reason` and `account`; it may carry a token too (an end token is carried, so that it is
-    counted; its text is empty). `error` is a sentence for the user when the reason is ERROR.
+    counted; its text is empty). When the reason is ERROR, `error` is a sentence for the user, and `failure` one of
+    `engine_stats.FailureReason`.
     """
 
     request_id: str
@@ -81,3 +83,4 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     account: RequestAccount | None = None
     error: str | None = None
+    failure: str | None = None

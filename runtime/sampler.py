@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from runtime.constraint import Constraint, ConstraintCompiler
 from runtime.request import SamplingParams, TokenLogprob
 
 _HEAD = 1024  # candidates that nearly always hold the whole nucleus; a sort of the vocabulary takes milliseconds
@@ -18,14 +19,23 @@ _HEAD = 1024  # candidates that nearly always hold the whole nucleus; a sort of 
 class Sampler:
     """Chooses the tokens of one request.
 
-    Order: repetition, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p. temperature 0
-    takes the largest after penalties and bias. The repetition penalty (CTRL, arXiv 1909.05858) looks at prompt and
-    output, the other two at the output only. One uniform number a token is drawn from a generator seeded by
-    `params.seed`: same seed and logits, same tokens. Memory: 5 KB, with penalties 5 bytes a token of the vocabulary.
+    Order: repetition, presence and frequency penalties, logit bias, what a JSON schema allows, temperature, top-k,
+    top-p, min-p. temperature 0 takes the largest before the temperature. The repetition penalty (CTRL, arXiv
+    1909.05858) looks at prompt and output, the other two at the output only. One uniform number a token is drawn from a
+    generator seeded by `params.seed`: same seed and logits, same tokens. Memory: 5 KB, with penalties 5 bytes a token
+    of the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        constraints: ConstraintCompiler | None = None,
+    ) -> None:
         self._params = params
+        self._constraints = constraints
+        self._constraint: Constraint | None = None
         self._generator = _generator(params.seed)
         self._bias = _bias(params)
         self._seen = _seen(prompt_ids, vocab_size) if params.repetition_penalty != 1.0 else None  # bool [V]
@@ -36,13 +46,29 @@ class Sampler:
         """The next token of fp32 logits [V] (not changed), and its log-probability when the request asked for it.
 
         Log-probabilities are of the raw logits, before penalties and temperature. ValueError when a logit is NaN or
-        +inf.
+        +inf, SchemaError when the request's schema cannot be held.
         """
-        token_id = self._choose(self._adjust(logits))
+        constraint = self._compiled()
+        adjusted = self._adjust(logits)
+        if constraint is not None:
+            adjusted = adjusted.masked_fill(~constraint.allowed(), -torch.inf)
+        token_id = self._choose(adjusted)
+        if constraint is not None:
+            constraint.advance(token_id)
         self._count(token_id)
         if self._params.num_logprobs is None:
             return token_id, None
         return token_id, score_rows(logits[None], [token_id], self._params.num_logprobs)[0]
+
+    def _compiled(self) -> Constraint | None:
+        """The schema's constraint, made at the first token: in the engine's thread, and only for requests that run."""
+        if self._params.json_schema is None:
+            return None
+        if self._constraint is None:
+            if self._constraints is None:
+                raise RuntimeError("a request with a JSON schema came to an engine that has no compiler for it")
+            self._constraint = self._constraints.compile(self._params.json_schema)
+        return self._constraint
 
     def _choose(self, logits: torch.Tensor) -> int:
         best = logits.max()

@@ -105,6 +105,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
+    def arrived_before(self, time_s: float) -> list[Sequence]:
+        """Those that wait since before `time_s`, oldest first."""
+        return [sequence for sequence in self._waiting if sequence.arrived_s < time_s]
+
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks."""
         if sequence.blocks is None:

@@ -31,7 +31,12 @@ class NotReadyError(EngineStoppedError):
 
 
 class GenerationError(ColdstreamError):
-    """The engine gave a request up, and has counted that; the message is for the user."""
+    """The engine gave a request up, and has counted that; the message is for the user, `failure` is the engine's word
+    for what happened (`runtime.engine_stats.FailureReason`)."""
+
+    def __init__(self, message: str, failure: str | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
 
 
 class ApiError(HTTPException):
@@ -93,6 +98,12 @@ def not_ready(message: str) -> ApiError:
     )
 
 
+def _try_later(message: str, code: str) -> ApiError:
+    """429 of the engine, which has counted it."""
+    headers = {"retry-after": str(_QUEUE_RETRY_S)}
+    return ApiError(429, message, type="rate_limit_error", code=code, headers=headers)
+
+
 def internal_error() -> ApiError:
     return ApiError(
         500, "The server failed on this request; its log has the details.", type="server_error", reason="internal"
@@ -106,8 +117,13 @@ def from_coldstream(error: ColdstreamError) -> ApiError:
         case NotReadyError():
             return not_ready(message)
         case QueueFullError():
-            headers = {"retry-after": str(_QUEUE_RETRY_S)}
-            return ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers)
+            return _try_later(message, "queue_full")
+        case GenerationError(failure="wait_limit"):
+            return _try_later(message, "wait_limit")
+        case GenerationError(failure="shutdown"):
+            unavailable = not_ready(message)
+            unavailable.reason = None
+            return unavailable
         case EngineStoppedError():
             unavailable = not_ready(message)
             unavailable.reason = None

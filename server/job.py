@@ -35,6 +35,7 @@ class Job:
 
 def completion_job(body: CompletionBody, model: LoadedModel, name: str) -> Job:
     """Of POST /v1/completions. Raises ApiError."""
+    _check_format(body)
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise invalid_parameter(f"The prompts times n must not be more than {MAX_CHOICES}.", "prompt")
     prompts = [_prompt(model.tokenizer, prompt, body.add_special_tokens) for prompt in body.prompt]
@@ -62,6 +63,7 @@ def completion_job(body: CompletionBody, model: LoadedModel, name: str) -> Job:
 
 def chat_job(body: ChatBody, model: LoadedModel, name: str) -> Job:
     """Of POST /v1/chat/completions. Raises ApiError, ChatTemplateError."""
+    _check_format(body)
     messages = [message.for_template() for message in body.messages]
     parts = render_chat(model.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = Prompt(tuple(model.tokenizer.encode_parts(parts)))
@@ -86,6 +88,18 @@ def tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(body.prompt or "", add_special=body.add_special_tokens)
     messages = [message.for_template() for message in body.messages]
     return tokenizer.encode_parts(render_chat(tokenizer, messages, body.add_generation_prompt))
+
+
+def _check_format(body: GenerationBody) -> None:
+    """Whether the schema can be held, before anything is queued. Raises ApiError."""
+    if body.json_schema is None:
+        return
+    from runtime.constraint import SchemaError, check_schema  # brings PyTorch, which the engine has loaded by now
+
+    try:
+        check_schema(body.json_schema)
+    except SchemaError as error:
+        raise invalid_parameter(f"response_format: {error}", "response_format") from None
 
 
 def _prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], add_special: bool) -> Prompt:
@@ -141,5 +155,6 @@ def _shared_params(body: GenerationBody) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
         "repetition_penalty": body.repetition_penalty,
+        "json_schema": body.json_schema,
         "logit_bias": {int(token_id): bias for token_id, bias in body.logit_bias.items()},
     }

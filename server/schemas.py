@@ -6,7 +6,8 @@ field that is known but not supported is refused, unless its value asks for noth
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +16,7 @@ from server.errors import invalid_parameter, unsupported_parameter
 _INT64 = 2**63
 _MAX_STOPS = 4
 MAX_CHOICES = 128
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 # name -> the values that ask for nothing; every other value is refused
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -37,7 +39,6 @@ _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -79,6 +80,38 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class JsonSchema(BaseModel):
+    """`json_schema` of a response format. Only the schema counts; it is always held, strict or not."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(default_factory=lambda: dict(ANY_OBJECT), alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer's text has to be."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_with_its_type(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given together with the type json_schema, and only then")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The schema as JSON text; None where any text will do."""
+        if self.type == "text":
+            return None
+        return json.dumps(ANY_OBJECT if self.json_schema is None else self.json_schema.schema_)
+
+
 class GenerationBody(Body):
     """What completions and chat share: how tokens are chosen, when to stop, how the answer is sent."""
 
@@ -97,6 +130,7 @@ class GenerationBody(Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: dict[str, float] = Field(default_factory=dict)
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -128,6 +162,17 @@ class GenerationBody(Body):
             raise invalid_parameter("stream_options may only be given together with stream=true.", "stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _json_has_an_end(self) -> GenerationBody:
+        if self.ignore_eos and self.json_schema is not None:
+            raise invalid_parameter("ignore_eos may not be given together with a JSON response_format.", "ignore_eos")
+        return self
+
+    @property
+    def json_schema(self) -> str | None:
+        """JSON text of the schema that the answer has to fit."""
+        return None if self.response_format is None else self.response_format.schema_text()
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
@@ -138,8 +183,16 @@ class GenerationBody(Body):
 
     def ignored_fields(self) -> list[str]:
         own = [name for name in super().ignored_fields() if name not in _NOT_SUPPORTED]
-        extra = (self.stream_options.model_extra or {}) if self.stream_options else {}
-        return sorted([*own, *(f"stream_options.{name}" for name in extra)])
+        return sorted([*own, *_extra("stream_options", self.stream_options), *self._format_extra()])
+
+    def _format_extra(self) -> list[str]:
+        inner = None if self.response_format is None else self.response_format.json_schema
+        return [*_extra("response_format", self.response_format), *_extra("response_format.json_schema", inner)]
+
+
+def _extra(prefix: str, part: BaseModel | None) -> list[str]:
+    """Names within a part of the body that nobody knows."""
+    return [] if part is None else [f"{prefix}.{name}" for name in part.model_extra or {}]
 
 
 class CompletionBody(GenerationBody):

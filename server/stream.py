@@ -126,7 +126,7 @@ class Choice:
         if self._finished:  # a stop string was found; what the engine did before it heard of it is not ours
             return None
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise GenerationError(event.error or "The request was aborted.")
+            raise GenerationError(event.error or "The request was aborted.", event.failure)
         if event.token_id is None and event.finish_reason is None and event.prompt_logprobs is None:
             return Progress(self.index, event.prompt_tokens_done, len(self.prompt.ids))
         piece = self._grow(self._take_prompt(event), event)

@@ -178,6 +178,33 @@ def test_sampling_repeats_with_its_seed_only(client: openai.OpenAI) -> None:
     assert sample(7) == sample(7) != sample(8)
 
 
+def test_answers_fit_their_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "age": {"type": "integer", "minimum": 0, "maximum": 99},
+            "mood": {"enum": ["glad", "sad"]},
+        },
+        "required": ["name", "age", "mood"],
+        "additionalProperties": False,
+    }
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    ask: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 200, "response_format": response_format}
+    whole = client.chat.completions.create(**ask, n=3, seed=5)
+    for choice in whole.choices:
+        value = json.loads(choice.message.content or "")
+        assert choice.finish_reason == "stop" and list(value) == ["name", "age", "mood"]
+        assert len(value["name"]) <= 8 and value["age"] in range(100) and value["mood"] in ("glad", "sad")
+    streamed = client.chat.completions.create(**ask, seed=6, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == whole.choices[1].message.content
+    cut = client.chat.completions.create(**ask, seed=5, stop='", "age"').choices[0]
+    text = whole.choices[0].message.content or ""
+    assert cut.message.content == text[: text.index('", "age"')] and cut.finish_reason == "stop"
+    free = client.chat.completions.create(**ask | {"response_format": {"type": "json_object"}, "max_tokens": 30})
+    assert (free.choices[0].message.content or "").startswith("{")
+
+
 def test_stop_is_not_in_the_text(client: openai.OpenAI) -> None:
     text = complete(client, "the sea", max_tokens=48).choices[0].text
     middle = next(i for i in range(len(text) // 2, len(text) - 4) if "�" not in text[i : i + 4])

@@ -7,6 +7,7 @@ test needs the engine to be inside of a step, the model waits at a gate; nothing
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -428,6 +429,25 @@ def test_the_queue_is_bounded(make: Make) -> None:
     assert bench.client("d").end().finish_reason is FinishReason.LENGTH  # there is room again
     snapshot = bench.engine.snapshot()
     assert snapshot.failure["queue_full"] == 1 and snapshot.success["length"] == 4
+
+
+def test_what_waits_for_too_long_is_given_up(make: Make) -> None:
+    bench = make(max_num_seqs=1, max_wait_s=0.05)
+    gate = bench.stop_at()
+    running, waiting = bench.client("a"), bench.client("b")
+    assert gate.entered.wait(WAIT_S)
+    time.sleep(0.06)  # the limit itself; nothing is raced: the engine stands at the gate
+    gate.opened.set()
+    end = waiting.end()
+    assert (end.finish_reason, end.failure) == (FinishReason.ERROR, "wait_limit") and "0.05 s" in (end.error or "")
+    assert waiting.tokens == [] and running.end().finish_reason is FinishReason.LENGTH
+    assert bench.client("c").end().finish_reason is FinishReason.LENGTH
+    assert bench.engine.snapshot().failure["wait_limit"] == 1
+
+
+def test_a_schema_needs_a_compiler(make: Make) -> None:
+    with pytest.raises(RequestError, match="JSON schema"):
+        make().client("a", json_schema="{}")
 
 
 def test_an_id_is_served_once_at_a_time(make: Make) -> None:

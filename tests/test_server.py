@@ -48,6 +48,10 @@ def complete(server: LiveServer, **body: Any) -> dict[str, Any]:
     return answer
 
 
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": schema}}
+
+
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
     """The error of a response, in OpenAI's shape."""
     assert response.status_code == status, response.text
@@ -189,6 +193,20 @@ def test_sampling_fields_reach_the_engine(server: LiveServer) -> None:
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0, 0.5, 0, 0.1, -1)
     assert params.logit_bias == {65: -100, 7: 2.5} and params.stop_token_ids == {3} and params.ignore_eos
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -2, 1.5)
+
+
+def test_response_format_reaches_the_engine_as_a_schema(server: LiveServer) -> None:
+    person = {"type": "object", "properties": {"name": {"type": "string"}}}
+    for given, expected in (
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (schema_format(person), person),
+        (schema_format(person) | {"x": 1}, person),
+    ):
+        answer = post(server, "/v1/chat/completions", messages=USER, response_format=given, max_tokens=2).json()
+        sent = server.engine.requests[-1].params.json_schema
+        assert (None if sent is None else json.loads(sent)) == expected
+        assert answer["coldstream"]["ignored_fields"] == (["response_format.x"] if "x" in given else [])
 
 
 def test_fields_that_are_null_count_as_left_out(server: LiveServer) -> None:
@@ -384,7 +402,15 @@ def test_templates_render_as_in_transformers(template: str) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages"),
         ("/v1/chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools"),
         ("/v1/chat/completions", {"messages": USER, "audio": {}}, "audio"),
-        ("/v1/chat/completions", {"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/chat/completions", {"messages": USER, "response_format": {"type": "xml"}}, "response_format"),
+        ("/v1/chat/completions", {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            "/v1/chat/completions",
+            {"messages": USER, "response_format": schema_format({"type": "x"})},
+            "response_format",
+        ),
+        ("/v1/completions", {"prompt": "a", "response_format": schema_format({"not": {}})}, "response_format"),
+        ("/v1/completions", {"prompt": "a", "response_format": schema_format({}), "ignore_eos": True}, "ignore_eos"),
         ("/v1/chat/completions", {"messages": USER, "echo": True}, "echo"),
         ("/v1/chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": USER, "max_tokens": 0}, "max_tokens"),
