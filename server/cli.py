@@ -298,6 +298,28 @@ def chat(
         raise ColdstreamError(str(error)) from None
 
 
+@app.command()
+def top(
+    ctx: typer.Context,
+    url: Annotated[str | None, _option("--url", "Address of the server")] = None,
+    api_key: Annotated[str | None, _option("--api-key", "Key of the server")] = None,
+    interval: Annotated[float | None, _option("--interval", "Seconds that a frame is about")] = None,
+    once: Annotated[bool | None, _option("--once", "One frame, then the end")] = None,
+    as_json: Annotated[
+        bool | None, _option("--json", "Each frame is one JSON object on standard output", field="as_json")
+    ] = None,
+) -> None:
+    """Watch a server: tiers, hit rates, bytes/s, waiting, tokens/s and latencies."""
+    settings = read_settings(ctx.params)
+    from clients.chat import UnreachableError
+    from clients.top import run_top
+
+    try:
+        run_top(settings.url, settings.api_key, settings.interval, settings.once, settings.as_json)
+    except UnreachableError as error:
+        raise ColdstreamError(str(error)) from None
+
+
 def refuse_unsupported(settings: Settings) -> None:
     """What this version cannot do yet is refused by name, before anything is read. Raises UnsupportedError."""
     if settings.device == "cuda":

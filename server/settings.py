@@ -82,8 +82,10 @@ class Settings(BaseSettings):
     as_json: bool = Field(False, validation_alias=f"{PREFIX}JSON")
     # profile
     quick: bool = False
-    # chat
+    # chat, top
     url: str = "http://127.0.0.1:8000"
+    interval: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    once: bool = False
 
 
 def flag(name: str) -> str:

@@ -56,6 +56,7 @@ COMMANDS = {
     "perplexity": ["--cett", "--tokens", "--text", "--ffn-cache", "--memory", "--json"],
     "profile": ["--out", "--text", "--tokens", "--quick", "--json"],
     "chat": ["--url"],
+    "top": ["--url", "--api-key", "--interval", "--once", "--json"],
 }
 
 
@@ -92,7 +93,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "tokens": "4",
             "text": "t",
         },
-        **{"as_json": "true", "url": "u", "quick": "1"},
+        **{"as_json": "true", "url": "u", "quick": "1", "interval": "0.5", "once": "1"},
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():
@@ -160,6 +161,8 @@ def test_options_reach_the_runtime() -> None:
         (["prepare"], 2, "MODEL is missing"),
         (["perplexity", "--cett", "3"], 2, "--cett"),
         (["serve", "--no-such-flag"], 2, "--no-such-flag"),
+        (["top", "--once", "--url", "http://127.0.0.1:9"], 1, "--url http://127.0.0.1:9: no coldstream server"),
+        (["top", "--interval", "0"], 2, "--interval: input should be greater than 0"),
         (["chat", "--url", "http://127.0.0.1:9"], 1, "--url http://127.0.0.1:9: no coldstream server"),
     ],
 )

@@ -17,7 +17,7 @@ ALLOWED = {
     "clients": {"clients"},
 }
 EXTRA = {
-    ("server/cli.py", "clients"),  # the command `coldstream chat` starts the client
+    ("server/cli.py", "clients"),  # the commands `coldstream chat` and `top` start the clients
     ("runtime/checkpoint.py", "httpx"),  # only to tell the hub's network errors from others
 }
 FORBIDDEN = {
