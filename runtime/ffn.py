@@ -7,7 +7,8 @@ Shapes: N rows, D hidden, F neurons, K neurons of the union.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ import torch.nn.functional as F
 from cache.bundle import BundleDtype, BundleLayout
 from cache.neuron_cache import Chunk, NeuronCache
 from runtime.audit import Auditor
-from runtime.batch import ModelCounters
+from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
 from runtime.predictor import Predictor
 
-SPARSE_ROWS = 16  # rows up to which a union of active sets is worth reading apart
+FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -47,6 +48,16 @@ class DenseFFN:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.neurons(x) @ self._down
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One batch's rows of a layer. by_row: by our kernels, whose result for a row depends on that row alone."""
+
+    x: torch.Tensor  # [N, D]
+    mask: np.ndarray | None  # bool [N, F]: each row's own set; None: all neurons
+    by_row: bool
+    out: torch.Tensor  # [N, D], added to
 
 
 class OffloadedFFN:
@@ -83,22 +94,36 @@ class OffloadedFFN:
         """Counted so far, layers of steps by kind included."""
         return ModelCounters(dict(self._steps), self._active, self._predicted, self._overflow, self._rows)
 
-    def __call__(self, layer: int, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """x fp32 [N, D] -> fp32 [N, D]; kind is prefill, decode or score. Raises ReadError."""
-        sparse = self._predictor is not None and kind != "prefill"
+    def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]:
+        """FFN(x) for each of xs, fp32 [N, D] each, computed as if it were alone. Raises ReadError.
+
+        What is prefilled, or has to be read whole for another reason, streams the layer; all others ride along.
+        """
         if layer == 0:
-            self._steps["prefill" if kind == "prefill" else "sparse" if sparse else "dense"] += 1
-        if not sparse:
-            return self._streamed(layer, x, None)
+            for kind in dict.fromkeys(map(self._step_kind, kinds)):
+                self._steps[kind] += 1
+        parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
+        if len(parts) == 1 and kinds[0] == "decode" and parts[0].mask is not None:
+            out = self._sparse(layer, parts[0].x, parts[0].mask)
+            if out is not None:
+                return [out]
+            self._overflow += 1
+        self._streamed(layer, parts)
+        return [part.out for part in parts]
+
+    def _step_kind(self, kind: BatchKind) -> str:
+        return "prefill" if kind == "prefill" else "dense" if self._predictor is None else "sparse"
+
+    def _part(self, layer: int, x: torch.Tensor, kind: BatchKind, in_company: bool) -> _Part:
+        by_row = kind == "decode" or x.shape[0] <= FEW_ROWS
+        if self._predictor is None or kind == "prefill":
+            return _Part(x, None, by_row, torch.zeros_like(x))
         mask = self._predict(layer, x)
         if kind == "decode" and self._auditor is not None:
             self._auditor.offer(layer, x.numpy(), mask)
-        if kind == "decode" and x.shape[0] <= SPARSE_ROWS:
-            out = self._sparse(layer, x, mask)
-            if out is not None:
-                return out
-            self._overflow += 1
-        return self._streamed(layer, x, mask)
+        return _Part(
+            x, mask.copy() if in_company else mask, by_row, torch.zeros_like(x)
+        )  # the predictor reuses its own
 
     def _predict(self, layer: int, x: torch.Tensor) -> np.ndarray:
         if self._predictor is None:
@@ -137,34 +162,46 @@ class OffloadedFFN:
         if self._predictor is not None and active_at is not None:
             self._active += num
 
-    def _streamed(self, layer: int, x: torch.Tensor, mask: np.ndarray | None) -> torch.Tensor:
-        """The whole layer in chunks; mask bool [N, F] leaves out what is not in a row's set."""
-        out = torch.zeros_like(x)
-        few = x.shape[0] <= SPARSE_ROWS
+    def _streamed(self, layer: int, parts: Sequence[_Part]) -> None:
+        """Adds the whole layer, in chunks that are read once for all parts, to each part's `out`."""
         with contextlib.closing(self._cache.stream(layer)) as chunks:
             for chunk in chunks:
-                part = None if mask is None else np.ascontiguousarray(mask[:, chunk.start : chunk.stop])
-                active_at = None if mask is None else self._active_at_of(layer, slice(chunk.start, chunk.stop))
-                if few:
-                    steps = np.arange(chunk.stop - chunk.start, dtype=np.int64)
-                    self._run(x, chunk.offset + steps * self._layout.stride, part, out, active_at)
-                else:
-                    self._multiply(x, chunk, part, out, active_at)
-        return out
+                for part in parts:
+                    if part.by_row:
+                        self._run_chunk(layer, chunk, part)
+                self._multiply(layer, chunk, [part for part in parts if not part.by_row])
 
-    def _multiply(
-        self, x: torch.Tensor, chunk: Chunk, mask: np.ndarray | None, out: torch.Tensor, active_at: np.ndarray | None
-    ) -> None:
-        """out += the chunk's neurons, by GEMM; counts the active among all of them."""
-        rows = x.to(self._gemm_dtype)
-        h = self._act((rows @ self._matrix(chunk, "gate" if self._layout.gated else "up").T).float())  # [N, n]
+    def _run_chunk(self, layer: int, chunk: Chunk, part: _Part) -> None:
+        ids = slice(chunk.start, chunk.stop)
+        offsets = chunk.offset + np.arange(chunk.stop - chunk.start, dtype=np.int64) * self._layout.stride
+        mask = None if part.mask is None else np.ascontiguousarray(part.mask[:, ids])
+        self._run(part.x, offsets, mask, part.out, None if mask is None else self._active_at_of(layer, ids))
+
+    def _multiply(self, layer: int, chunk: Chunk, parts: Sequence[_Part]) -> None:
+        """out += the chunk's neurons, by a GEMM for each part; the weights are widened once, one vector at a time."""
+        if not parts:
+            return
+        rows = [part.x.to(self._gemm_dtype) for part in parts]
+        weight = self._matrix(chunk, "gate" if self._layout.gated else "up")
+        hs = [self._act((x @ weight.T).float()) for x in rows]  # [N, n] each
         if self._layout.gated:
-            h *= (rows @ self._matrix(chunk, "up").T).float()
+            weight = self._matrix(chunk, "up")
+            for h, x in zip(hs, rows, strict=True):
+                h *= (x @ weight.T).float()
+        weight = self._matrix(chunk, "down")
+        for h, part in zip(hs, parts, strict=True):
+            self._apply_mask(layer, chunk, h, part)
+            part.out.add_((h.to(self._gemm_dtype) @ weight).float())
+
+    def _apply_mask(self, layer: int, chunk: Chunk, h: torch.Tensor, part: _Part) -> None:
+        """Zeroes what is not in a row's set; counts the active among all."""
+        if part.mask is None:
+            return
+        ids = slice(chunk.start, chunk.stop)
+        active_at = self._active_at_of(layer, ids)
         if active_at is not None:
             self._active += int(torch.count_nonzero((h.abs() >= torch.from_numpy(active_at)) & (h != 0)))
-        if mask is not None:
-            h *= torch.from_numpy(mask)
-        out += (h.to(self._gemm_dtype) @ self._matrix(chunk, "down")).float()
+        h *= torch.from_numpy(np.ascontiguousarray(part.mask[:, ids]))
 
     def _matrix(self, chunk: Chunk, name: str) -> torch.Tensor:
         """The chunk's vectors `name` as a matrix [n, D] in the GEMM's dtype; a view where the bytes allow it."""

@@ -2,13 +2,15 @@
 
 Knows tensors, layers and positions; the FFN is a callable that it is given, and it never learns where weights live.
 Activations are fp32 throughout; matrices are in the dtype they were loaded in.
+Several batches go through a layer one after the other, its FFN read once for all, each computed by the calls that it
+would get alone: its numbers do not depend on who came along, bit for bit.
 Shapes: N rows of a batch, T tokens, D hidden, H heads, d head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime.batch import Batch, ModelCounters
+from runtime.batch import Batch, BatchKind, ModelCounters
 from runtime.config import ModelConfig
 from runtime.kernels import Kernels
 from runtime.kv_cache import KVCache
@@ -25,9 +27,9 @@ GEMV_ROWS = 16  # up to here our bandwidth-bound kernels, above it torch's GEMM
 
 
 class FFN(Protocol):
-    """y = FFN(x) of one layer, x and y fp32 [N, D]; `kind` is the batch's."""
+    """FFN(x) of one layer for each of `xs`, fp32 [N, D] of any N each; `kinds` are those of their batches."""
 
-    def __call__(self, layer: int, x: torch.Tensor, kind: str) -> torch.Tensor: ...
+    def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,33 +161,58 @@ class Model:
         self._cos, self._sin = rope_tables(config, max_model_len)
         self._scale = config.head_dim**-0.5
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
-        """fp32 logits of the rows that `batch.logits` asks for, [B or N or 1, V]; None for "none".
+        """As `forward_together`, of one batch."""
+        return self.forward_together((batch,), kv, check)[0]
 
-        Writes the batch's keys and values into `kv`. `check` is called before every layer and may raise.
+    @torch.inference_mode()
+    def forward_together(
+        self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]
+    ) -> list[torch.Tensor | None]:
+        """For each batch: fp32 logits of the rows that `batch.logits` asks for, [B or N or 1, V]; None for "none".
+
+        Writes the batches' keys and values into `kv`; a batch sees what those before it have written, so that chunks of
+        one prompt may come together, in order. `check` is called before every layer and may raise.
         """
-        x = self._weights.embed_tokens[batch.token_ids].float()  # [N, D]
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]  # [N, d/2]
-        slots = kv.slots(batch)
+        rows = [_Rows(b, self._weights, self._cos, self._sin, kv.slots(b)) for b in batches]
+        kinds = [b.kind for b in batches]
         for i, w in enumerate(self._weights.layers):
             check()
-            h = rms_norm(x, w.input_layernorm, self.config.rms_norm_eps)
-            q, k, v = project_qkv(w, h, self.config, self._linear)
-            kv.write(i, slots, apply_rope(k, cos, sin), v)
-            attended = self._attend(i, apply_rope(q, cos, sin), batch, kv)  # [N, H d]
-            o = self._linear(attended, w.o_proj)
-            x = x + (o if w.o_bias is None else o + w.o_bias)
-            h = rms_norm(x, w.post_attention_layernorm, self.config.rms_norm_eps)
-            x = x + self._ffn(i, h, batch.kind)
-        return self._logits(x, batch)
+            for part in rows:
+                self._attention(i, w, part, kv)
+            eps = self.config.rms_norm_eps
+            outs = self._ffn(i, [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows], kinds)
+            for part, out in zip(rows, outs, strict=True):
+                part.x = part.x + out
+        return self._logits(rows)
 
-    def _logits(self, x: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        if batch.logits == "none":
-            return None
-        if batch.logits == "last" and batch.kind != "decode":
-            x = x[-1:]
-        return self._linear(rms_norm(x, self._weights.norm, self.config.rms_norm_eps), self._weights.lm_head)
+    def _attention(self, layer: int, w: LayerWeights, part: _Rows, kv: KVCache) -> None:
+        """part.x += attention of one layer; writes keys and values."""
+        by_row = part.batch.kind == "decode"
+
+        def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return linear(self._kernels, x, weight, by_row)
+
+        h = rms_norm(part.x, w.input_layernorm, self.config.rms_norm_eps)
+        q, k, v = project_qkv(w, h, self.config, multiply)
+        kv.write(layer, part.slots, apply_rope(k, part.cos, part.sin), v)
+        attended = self._attend(layer, apply_rope(q, part.cos, part.sin), part.batch, kv)  # [N, H d]
+        o = multiply(attended, w.o_proj)
+        part.x = part.x + (o if w.o_bias is None else o + w.o_bias)
+
+    def _logits(self, rows: Sequence[_Rows]) -> list[torch.Tensor | None]:
+        """Last rows of all batches by the row, in one pass over the head; the rows of "all" as a batch of their own."""
+        lasts = [part.x if part.batch.kind == "decode" else part.x[-1:] for part in rows if part.batch.logits == "last"]
+        last = iter(torch.split(self._head(torch.cat(lasts), True), [x.shape[0] for x in lasts]) if lasts else ())
+        out: list[torch.Tensor | None] = []
+        for part in rows:
+            wanted = part.batch.logits
+            out.append(None if wanted == "none" else next(last) if wanted == "last" else self._head(part.x, False))
+        return out
+
+    def _head(self, x: torch.Tensor, by_row: bool) -> torch.Tensor:
+        x = rms_norm(x, self._weights.norm, self.config.rms_norm_eps)
+        return linear(self._kernels, x, self._weights.lm_head, by_row)
 
     def _attend(self, layer: int, q: torch.Tensor, batch: Batch, kv: KVCache) -> torch.Tensor:
         """q [N, H, d] -> [N, H d]; rows of a decode batch each look at their own sequence."""
@@ -217,13 +244,24 @@ class Model:
             )
         return out.view(q.shape[0], -1)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear(self._kernels, x, weight)
+
+class _Rows:
+    """A batch on its way through the layers: its residual, and what every layer needs of its positions."""
+
+    def __init__(
+        self, batch: Batch, weights: ModelWeights, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self.batch, self.slots = batch, slots  # int64 [N]
+        self.x = weights.embed_tokens[batch.token_ids].float()  # [N, D]
+        self.cos, self.sin = cos[batch.positions], sin[batch.positions]  # [N, d/2]
 
 
-def linear(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T in fp32 out; x fp32 [N, D], weight fp32 or bf16 [M, D]. Many rows of bf16 are multiplied as bf16."""
-    if x.shape[0] <= GEMV_ROWS:
+def linear(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, by_row: bool = False) -> torch.Tensor:
+    """x @ weight.T in fp32 out; x fp32 [N, D], weight fp32 or bf16 [M, D]. Many rows of bf16 are multiplied as bf16.
+
+    by_row: however many rows there are, each is computed as it would be alone.
+    """
+    if by_row or x.shape[0] <= GEMV_ROWS:
         out = torch.empty(x.shape[0], weight.shape[0])
         kernels.linear(x.contiguous().numpy(), as_numpy(weight), out.numpy())
         return out

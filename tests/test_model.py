@@ -81,7 +81,9 @@ def ours(path: Path, kernel: str) -> Model:
         checkpoint.load("model.norm.weight"),
         embed if config.tie_word_embeddings else checkpoint.load("lm_head.weight"),
     )
-    return Model(config, weights, lambda layer, x, kind: ffns[layer](x), select(kernel), 128, ModelCounters)
+    return Model(
+        config, weights, lambda layer, xs, kinds: [ffns[layer](x) for x in xs], select(kernel), 128, ModelCounters
+    )
 
 
 def batch(kind: str, ids: list[int], start: int, blocks: np.ndarray, logits: str = "all") -> Batch:

@@ -1,0 +1,98 @@
+"""Company changes nothing: what runs together gives, bit for bit, what it gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.batch import Batch, BatchKind, LogitsKind, SequenceView
+from runtime.load import Loaded, LoadOptions, load, prepare
+from runtime.plan import FfnCache
+
+MODES = ("dense", "sparse")
+
+
+def quiet(what: str, share: float) -> None:
+    """No progress bar."""
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_relu2: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("batching") / "packed"
+    return prepare(str(tiny_relu2.checkpoint), out, tiny_relu2.text, 0.15, "fp32", False, quiet)
+
+
+@pytest.fixture(params=MODES)
+def loaded(request: pytest.FixtureRequest, packed: Path) -> Iterator[Loaded]:
+    options = LoadOptions(mode=request.param, dtype="fp32", ffn_cache=FfnCache.parse("20%"), max_num_seqs=20)
+    model = load(str(packed), options, quiet)
+    yield model
+    model.close()
+
+
+def part(kind: BatchKind, ids: list[int], start: int, blocks: np.ndarray, logits: LogitsKind) -> Batch:
+    view = SequenceView(blocks, start, len(ids))
+    return Batch(kind, torch.tensor(ids), torch.arange(start, start + len(ids)), (view,), logits)
+
+
+def random_ids(num: int, seed: int) -> list[int]:
+    return torch.randint(3, 320, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_batches_that_run_together_equal_those_that_run_alone(loaded: Loaded) -> None:
+    """Two chunks of one prompt, a short prompt, a scored one and decoded rows: in one pass, and one after the other."""
+    kv, blocks = loaded.new_kv()
+    long, short, scored, mate = (blocks.allocate(n) for n in (70, 9, 33, 20))
+    ids = random_ids(70, 1)
+    batches = [
+        part("prefill", ids[:40], 0, long, "none"),
+        part("prefill", ids[40:], 40, long, "last"),
+        part("prefill", random_ids(9, 2), 0, short, "last"),
+        part("score", random_ids(33, 3), 0, scored, "all"),
+        part("decode", [7], 19, mate, "last"),
+    ]
+    before = part("prefill", random_ids(19, 4), 0, mate, "none")
+    model = loaded.model
+    model.forward(before, kv, lambda: None)
+    alone = [model.forward(b, kv, lambda: None) for b in batches]
+    written = kv.keys.clone()
+    kv.keys[:, long[:4]] = 7.0  # so that what is not written again shows
+    together = model.forward_together(batches, kv, lambda: None)
+    assert alone[0] is None and together[0] is None
+    for one, other in zip(alone[1:], together[1:], strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+    assert torch.equal(written[:, long[:4]], kv.keys[:, long[:4]])
+
+
+def test_a_decoded_row_does_not_depend_on_how_many_there_are(loaded: Loaded) -> None:
+    """Up to and beyond the number of rows from which GEMMs would pay."""
+    kv, blocks = loaded.new_kv()
+    tables = [blocks.allocate(12) for _ in range(20)]
+    for i, table in enumerate(tables):
+        loaded.model.forward(part("prefill", random_ids(11, i), 0, table, "none"), kv, lambda: None)
+    alone = [loaded.model.forward(part("decode", [5], 11, t, "last"), kv, lambda: None) for t in tables]
+    for num in (2, 16, 20):
+        views = tuple(SequenceView(t, 11, 1) for t in tables[:num])
+        batch = Batch("decode", torch.full((num,), 5), torch.full((num,), 11), views, "last")
+        rows = loaded.model.forward(batch, kv, lambda: None)
+        assert rows is not None
+        for row, one in zip(rows, alone, strict=False):
+            assert one is not None and torch.equal(row, one[0])
+
+
+def test_one_pass_reads_the_ffn_once(loaded: Loaded) -> None:
+    kv, blocks = loaded.new_kv()
+    tables = [blocks.allocate(20) for _ in range(4)]
+    batches = [part("prefill", random_ids(20, i), 0, t, "last") for i, t in enumerate(tables)]
+
+    def read(some: list[Batch]) -> int:
+        before = loaded.cache.snapshot()
+        loaded.model.forward_together(some, kv, lambda: None)
+        return (loaded.cache.snapshot() - before).transfers["disk", "cpu"].bytes
+
+    assert read(batches) == read(batches[:1]) > 0
