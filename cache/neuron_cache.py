@@ -10,15 +10,16 @@ so that a record is an offset of the arena, whether it stays or only passes thro
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cache.arena import new_arena
 from cache.budget import smallest_staging_bytes
 from cache.bundle import BundleLayout, checksum_weights
+from cache.device_curve import DEFAULT_MERGE_GAP_BYTES, DeviceCurve
 from cache.errors import ReadError
 from cache.policy import DecayedFrequency, choose_swaps
 from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, plan_reads
@@ -27,7 +28,6 @@ from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot
 from cache.store import BundleFile
 
 _PAGE = 4096
-MERGE_GAP_BYTES = 8 << 10  # reading this much for nothing costs less than one more request (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ class NeuronCache:
 
     slots_per_layer: how many records of each layer may stay. staging_bytes: where reads land; a set of misses that does
     not fit makes `acquire` return None. frequency: share of tokens [L, F] that used a neuron in the profile; it ranks
-    the neurons until the cache has seen its own. Costs: slots + staging + 4 bytes a neuron.
+    the neurons until the cache has seen its own. curve: of the file's device; it says which gaps are worth reading to
+    save a request. Costs: slots + staging + 4 bytes a neuron.
     """
 
     tier = "cpu"
@@ -103,6 +104,7 @@ class NeuronCache:
         *,
         io_engine: str = "auto",
         queue_depth: int = 64,
+        curve: DeviceCurve | None = None,
     ) -> None:
         file.check()
         self.file = file
@@ -113,8 +115,7 @@ class NeuronCache:
         num_slots = int(self._base[-1])
         self._staging = -(-num_slots * stride // _PAGE) * _PAGE
         self._staging_bytes = max(staging_bytes, smallest_staging_bytes(self.layout)) // _PAGE * _PAGE
-        self._memory = mmap.mmap(-1, self._staging + self._staging_bytes)
-        self.arena: np.ndarray = np.frombuffer(self._memory, np.uint8)
+        self.arena = new_arena(self._staging + self._staging_bytes)
         self._weights = checksum_weights(self.layout)
         self._slot_of = np.full((file.num_layers, file.num_neurons), -1, np.int32)
         self._owner = np.full(num_slots, -1, np.int32)
@@ -126,6 +127,8 @@ class NeuronCache:
         self._file_bytes = file.path.stat().st_size
         landing = (self._staging, self._staging_bytes)
         self._reader = Reader(file.path, self.arena, landing=landing, engine=io_engine, queue_depth=queue_depth)
+        cost = None if curve is None else curve.cost(self._reader.info.engine)
+        self.merge_gap_bytes = DEFAULT_MERGE_GAP_BYTES if cost is None else cost.merge_gap_bytes
 
     @property
     def reader_info(self) -> ReaderInfo:
@@ -153,7 +156,7 @@ class NeuronCache:
         missed = ids[~hit]
         offsets = slots.astype(np.int64) * self.layout.stride
         if missed.size:
-            plan = self._plan(layer, missed)
+            plan = self._plan(layer, missed) or self._plan(layer, missed, merge_gap=0)
             if plan is None:
                 return None
             self._read(plan)
@@ -254,12 +257,12 @@ class NeuronCache:
         self._counts.hits += lookups - misses
         self._counts.needed_bytes += misses * self.layout.record_bytes
 
-    def _plan(self, layer: int, ids: np.ndarray, merge_gap: int = MERGE_GAP_BYTES) -> ReadPlan | None:
+    def _plan(self, layer: int, ids: np.ndarray, merge_gap: int | None = None) -> ReadPlan | None:
         return plan_reads(
             self.file.starts(layer, ids),
             self.layout.record_bytes,
             alignment=self._reader.info.alignment,
-            merge_gap_bytes=merge_gap,
+            merge_gap_bytes=self.merge_gap_bytes if merge_gap is None else merge_gap,
             staging_offset=self._staging,
             staging_bytes=self._staging_bytes,
         )

@@ -17,6 +17,7 @@ import torch
 
 from cache.budget import cpu_quota, detect_memory, process_bytes, trim_heap
 from cache.bundle import BundleLayout
+from cache.device_curve import DeviceCurve, device_curve
 from cache.errors import ColdstreamError, FormatError, FormatKind, UnsupportedError
 from cache.neuron_cache import NeuronCache
 from runtime.audit import Auditor
@@ -32,7 +33,7 @@ from runtime.kv_cache import BlockManager, KVCache
 from runtime.layers import load_layer
 from runtime.model import LayerWeights, Model, ModelWeights
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
-from runtime.packed import PROFILE, RESIDENT, SKETCH, Packed, is_packed, open_packed
+from runtime.packed import BUNDLES, PROFILE, RESIDENT, SKETCH, Packed, is_packed, open_packed
 from runtime.plan import FfnCache, Plan, PlanOptions, make_plan
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor, SketchPredictor
 from runtime.tokenizer import Tokenizer
@@ -120,6 +121,7 @@ def prepare(
     checkpoint = open_checkpoint(model)
     target = out or cache_directory() / _cache_name(checkpoint, options)
     pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, select(), progress)
+    device_curve(target / BUNDLES)
     return target
 
 
@@ -164,6 +166,7 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     kernels = select(options.kernel)
     kernels.set_num_threads(_num_threads(options.threads))
     plan = make_plan(config, packed.bundles.layout, _plan_options(options), detect_memory(), measured)
+    curve = device_curve(packed.bundles.path, options.io_engine)
     profile = packed.read(PROFILE)
     cett = packed.cett if options.cett is None else options.cett
     predictor = _predictor(packed, profile, cett, options.mode, kernels)
@@ -173,6 +176,7 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         plan.staging_bytes,
         _frequency(profile, cett, options.mode),
         io_engine=options.io_engine,
+        curve=curve,
     )
     dtype = _torch_dtype(options.dtype, config)
     weights = _load_weights(packed, dtype, progress)
@@ -192,6 +196,7 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         "device": "cpu",
         "kernel": kernels.name,
         "io_engine": cache.reader_info.engine,
+        "io": io_info(cache, curve),
         "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
         "bundles": packed.bundles.layout.dtype.value,
         "predictor": "none" if predictor is None else predictor.name,
@@ -199,6 +204,13 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         "threads": kernels.num_threads,
     }
     return Loaded(engine, decoder, cache, tokenizer, plan, packed, info)
+
+
+def io_info(cache: NeuronCache, curve: DeviceCurve | None) -> dict[str, object]:
+    """How records are read, for people: what was measured of each way (bytes a second by read size), what follows."""
+    measured = {} if curve is None else curve.bandwidths()
+    ways = {way: {str(size): round(speed) for size, speed in sizes.items()} for way, sizes in measured.items()}
+    return {"merge_gap_bytes": cache.merge_gap_bytes, "bytes_per_s": ways}
 
 
 def _cache_name(checkpoint: Checkpoint, options: PackOptions) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache.bundle import BundleDtype, BundleLayout, pack_records, unpack_vector
+from cache.device_curve import DeviceCurve, Point
 from cache.errors import FormatError, ReadError
 from cache.neuron_cache import NeuronCache, smallest_staging_bytes
 from cache.store import BundleFile
@@ -32,7 +34,7 @@ def vectors(layer: int) -> dict[str, np.ndarray]:
     return {n: rng.standard_normal((NEURONS, HIDDEN), np.float32) for n in ("gate", "up", "down")}
 
 
-def make(file: BundleFile, slots: int, staging: int = 0, **options: str) -> NeuronCache:
+def make(file: BundleFile, slots: int, staging: int = 0, **options: Any) -> NeuronCache:
     frequency = np.tile(np.linspace(0.9, 0.0, NEURONS), (LAYERS, 1))
     return NeuronCache(file, [slots] * LAYERS, staging or smallest_staging_bytes(file.layout), frequency, **options)
 
@@ -209,3 +211,17 @@ def test_one_lease_at_a_time(file: BundleFile) -> None:
     with pytest.raises(RuntimeError, match="release"):
         cache.acquire(0, np.array([2], np.int32))
     cache.release(lease)
+
+
+def test_the_device_curve_decides_which_gaps_are_read(file: BundleFile) -> None:
+    """Records of 1.2 KB, every 16th: the gap is read where requests are dear, and not where bytes are."""
+    ids = np.arange(0, NEURONS, 16, dtype=np.int32)
+    read: dict[str, tuple[int, int]] = {}
+    for name, request_s, byte_s in (("dear requests", 1e-4, 1e-9), ("dear bytes", 1e-9, 1e-4)):
+        points = tuple(Point(s, d, d * (request_s + s * byte_s)) for s in (4096, 65536) for d in (1, 64))
+        cache = make(file, 0, curve=DeviceCurve("", {"pread+buffered": points}), io_engine="buffered")
+        check_lease(cache, 0, ids)
+        moved = cache.snapshot().transfers["disk", "cpu"]
+        read[name] = moved.requests, moved.bytes
+    assert read["dear requests"][0] == 1 < read["dear bytes"][0]
+    assert read["dear requests"][1] > read["dear bytes"][1]
