@@ -1,8 +1,7 @@
 """Answers that fit a JSON schema: which tokens may come next. Knows schemas and the bytes of tokens, not requests.
 
 The automaton is llguidance's (an Earley parser over a lexer of derivatives, the mask computed along the vocabulary's
-trie): https://github.com/guidance-ai/llguidance. JSON is written on one line with `, ` and `: `, as json.dumps does it,
-so that a model cannot spend its tokens on blanks. Shapes: V rows of the model's output.
+trie): https://github.com/guidance-ai/llguidance. Shapes: V rows of the model's output.
 """
 
 from __future__ import annotations
@@ -12,29 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from cache.errors import RequestError
+from runtime.schema_grammar import SchemaError, grammar, limits, reason
 
 if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
     from runtime.tokenizer import Tokenizer
-
-_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_MAX_LEXER_STATES = 20_000  # about 2 KB each: a hostile pattern must not eat the memory budget
-_MAX_REASON = 200  # characters of the library's complaint that are passed on
-
-
-class SchemaError(RequestError):
-    """A JSON schema that cannot be held: not valid, not satisfiable, or with keywords that are not implemented."""
-
-
-def check_schema(schema: str) -> None:
-    """Refuses what `compile` would; needs no tokenizer and takes milliseconds. Raises SchemaError."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(_grammar(schema), limits=_limits())
-    if failed:
-        raise SchemaError(f"The JSON schema cannot be used: {_reason(messages[0])}")
 
 
 class Constraint:
@@ -59,7 +41,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise SchemaError(f"The answer could not be held to its JSON schema: {_reason(self._matcher.get_error())}")
+            raise SchemaError(f"The answer could not be held to its JSON schema: {reason(self._matcher.get_error())}")
 
 
 class ConstraintCompiler:
@@ -75,9 +57,9 @@ class ConstraintCompiler:
 
     def compile(self, schema: str) -> Constraint:
         """The constraint at its start. Raises SchemaError, also for a model that has no end token."""
-        matcher = LLMatcher(self._built(), _grammar(schema), log_level=0, limits=_limits())
+        matcher = LLMatcher(self._built(), grammar(schema), log_level=0, limits=limits())
         if matcher.is_error():
-            raise SchemaError(f"The JSON schema cannot be used: {_reason(matcher.get_error())}")
+            raise SchemaError(f"The JSON schema cannot be used: {reason(matcher.get_error())}")
         return Constraint(matcher, self._vocab_size)
 
     def _built(self) -> LLTokenizer:
@@ -101,20 +83,3 @@ class _Words:
 
     def __call__(self, text: bytes) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", "replace"), add_special=False, allow_special=False)
-
-
-def _grammar(schema: str) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_STYLE)
-    except ValueError as error:
-        raise SchemaError(f"The JSON schema cannot be used: {_reason(str(error))}") from None
-
-
-def _limits() -> LLParserLimits:
-    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-
-
-def _reason(message: str) -> str:
-    """The complaint as one line that ends like a sentence."""
-    line = " ".join(message.split())[:_MAX_REASON]
-    return line if line.endswith(".") else f"{line}."

@@ -67,6 +67,16 @@ class Answer:
     def usage_chunk(self) -> Json:
         return {**self._head(self.chunk_object, []), **self._cost()}
 
+    def log_fields(self) -> Json:
+        """What the log says of the request: how its choices ended, tokens, bytes, hits, seconds."""
+        accounts = [choice.account for choice in self.choices if choice.account is not None]
+        return {
+            "outcome": ",".join(sorted({choice.outcome for choice in self.choices})),
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": sum(choice.num_tokens for choice in self.choices),
+            **account_json(accounts),
+        }
+
     def _whole_choice(self, piece: Piece) -> Json:
         raise NotImplementedError
 

@@ -7,17 +7,20 @@ so that a disconnect reaches whoever streams.
 from __future__ import annotations
 
 import hmac
+import time
 import uuid
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.async_engine import AsyncEngine
 from server.config import ServerConfig
 from server.errors import Refusals, body_too_large, install_handlers, internal_error, invalid_api_key
+from server.logs import log_request
 from server.metrics import Metrics
-from server.routes import make_router
+from server.routes import ANSWER, make_router
 
 __all__ = ["ServerConfig", "create_app"]
 
@@ -32,6 +35,14 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     install_handlers(app, refusals)
     app.include_router(make_router(engine, config, Metrics(engine, config, refusals)))
     app.add_middleware(Gate, config=config, refusals=refusals)
+    if config.cors_origins:  # outside of the gate: a browser asks first, without a key, and must be able to read errors
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
 
 
@@ -47,31 +58,39 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        named_send = _with_request_id(send, _request_id(headers))
-        if scope["path"] not in OPEN_PATHS and not self._may_pass(headers):
-            await self._refusals.answer(invalid_api_key())(scope, receive, named_send)
-        elif _content_length(headers) > self._config.max_body_bytes:
-            error = body_too_large(self._config.max_body_bytes)
-            await self._refusals.answer(error)(scope, receive, named_send)
-        else:
-            await self._pass(scope, _limited(receive, self._config.max_body_bytes), receive, named_send)
-
-    async def _pass(self, scope: Scope, limited: Receive, receive: Receive, send: Send) -> None:
-        """Runs the application. What nobody foresaw is answered here, under the request's id, and raised again."""
-        started = False
-
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+        request_id, started_s = _request_id(headers), time.perf_counter()
+        sender = _Sender(send, request_id)
         try:
-            await self._app(scope, limited, noting)
+            await self._answer(scope, headers, receive, sender)
+        finally:
+            answer = scope.get(ANSWER)
+            log_request(
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=sender.status,
+                seconds=time.perf_counter() - started_s,
+                cost={} if answer is None else answer.log_fields(),
+            )
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, sender: _Sender) -> None:
+        limit_bytes = self._config.max_body_bytes
+        if scope["path"] not in OPEN_PATHS and not self._may_pass(headers):
+            await self._refusals.answer(invalid_api_key())(scope, receive, sender)
+        elif _content_length(headers) > limit_bytes:
+            await self._refusals.answer(body_too_large(limit_bytes))(scope, receive, sender)
+        else:
+            await self._pass(scope, _limited(receive, limit_bytes), receive, sender)
+
+    async def _pass(self, scope: Scope, limited: Receive, receive: Receive, sender: _Sender) -> None:
+        """Runs the application. What nobody foresaw is answered here, under the request's id, and raised again."""
+        try:
+            await self._app(scope, limited, sender)
         except Exception:
-            if not started:
+            if sender.status is None:
                 error = internal_error()
                 error.reason = None  # the handler behind counts it, and finds the answer on its way
-                await self._refusals.answer(error)(scope, receive, send)
+                await self._refusals.answer(error)(scope, receive, sender)
             raise
 
     def _may_pass(self, headers: Headers) -> bool:
@@ -111,10 +130,15 @@ def _request_id(headers: Headers) -> str:
     return uuid.uuid4().hex
 
 
-def _with_request_id(send: Send, request_id: str) -> Send:
-    async def named(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["x-request-id"] = request_id
-        await send(message)
+class _Sender:
+    """`send` that names the answer and notes its status (None: nothing was sent yet)."""
 
-    return named
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id = send, request_id
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+        await self._send(message)

@@ -27,9 +27,11 @@ from server.settings import (
     Cett,
     Device,
     Dtype,
+    LogFormat,
     Mode,
     Settings,
     SettingsError,
+    client_key,
     load_options,
     plan_options,
     read_settings,
@@ -78,14 +80,16 @@ def main() -> None:
     app()
 
 
+_SIZES = {"max_body": "16MiB"}  # defaults as people write them
 _MODEL_HELP = "Packed model, checkpoint directory, GGUF file or hub id"
 
 
 def _option(name: str, what: str, field: str | None = None, panel: str | None = None) -> Any:
     """One flag: its default is shown from Settings, never given to typer, so that the environment comes in between."""
-    info = Settings.model_fields[field or name.removeprefix("--").replace("-", "_")]
-    shown = None if info.default in (None, False) else f" [dim]\\[default: {info.default}][/dim]"
-    return typer.Option(name, help=what + (shown or ""), rich_help_panel=panel, show_default=False)
+    name_of = field or name.removeprefix("--").replace("-", "_")
+    default = _SIZES.get(name_of, Settings.model_fields[name_of].default)
+    shown = "" if default in (None, False, ()) else f" [dim]\\[default: {default}][/dim]"
+    return typer.Option(name, help=what + shown, rich_help_panel=panel, show_default=False)
 
 
 _RUN, _HTTP = "Running the model", "Serving"
@@ -179,7 +183,27 @@ def serve(
     ffn_cache: FfnCacheOpt = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
-    api_key: Annotated[str | None, _option("--api-key", "Key that requests must carry", panel=_HTTP)] = None,
+    api_key: Annotated[
+        list[str] | None,
+        _option("--api-key", "Key that requests must carry; may be repeated, or several with commas", panel=_HTTP),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, _option("--api-key-file", "File with keys, one a line; # starts a comment", panel=_HTTP)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        _option("--cors-origin", "Origin whose pages may ask; may be repeated; * for all", panel=_HTTP),
+    ] = None,
+    max_body: Annotated[str | None, _option("--max-body", "Bytes that a request body may have", panel=_HTTP)] = None,
+    max_queue: Annotated[
+        int | None, _option("--max-queue", "Requests that may wait beside those that run; more get 429", panel=_HTTP)
+    ] = None,
+    max_wait: Annotated[
+        float | None, _option("--max-wait", "Seconds that a request may wait; after that it gets 429", panel=_HTTP)
+    ] = None,
+    log_format: Annotated[
+        LogFormat | None, _option("--log-format", "Lines for people, or one JSON object a line", panel=_HTTP)
+    ] = None,
     served_model_name: Annotated[str | None, _option("--served-model-name", "Name in the API", panel=_HTTP)] = None,
     audit_rate: Annotated[
         float | None,
@@ -193,9 +217,18 @@ def serve(
     settings = read_settings(ctx.params)
     refuse_unsupported(settings)
     name, settings = resolve_model(settings)
+    from server import logs
     from server.serve import Server
 
-    raise typer.Exit(Server(name, settings, _console()).run())
+    as_json = settings.log_format == "json"
+    logs.set_up(as_json)
+    try:
+        raise typer.Exit(Server(name, settings, logs.console(as_json)).run())
+    except ColdstreamError as error:
+        if not as_json:
+            raise
+        logs.logger.error("%s", error)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -293,7 +326,7 @@ def chat(
     from clients.chat import UnreachableError, run_chat
 
     try:
-        run_chat(settings.url, settings.api_key)
+        run_chat(settings.url, client_key(settings))
     except UnreachableError as error:
         raise ColdstreamError(str(error)) from None
 
@@ -315,7 +348,7 @@ def top(
     from clients.top import run_top
 
     try:
-        run_top(settings.url, settings.api_key, settings.interval, settings.once, settings.as_json)
+        run_top(settings.url, client_key(settings), settings.interval, settings.once, settings.as_json)
     except UnreachableError as error:
         raise ColdstreamError(str(error)) from None
 

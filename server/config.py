@@ -16,10 +16,11 @@ def distribution_version() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What the operator chooses. No api_keys: everybody may ask."""
+    """What the operator chooses. No api_keys: everybody may ask. cors_origins: pages that may, "*" for all."""
 
     served_model_name: str
     api_keys: frozenset[str] = frozenset()
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     ping_interval_s: float = 10.0
     version: str = field(default_factory=distribution_version)

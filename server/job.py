@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.request import Request, SamplingParams
+from runtime.schema_grammar import SchemaError, check_schema
 from server.answers import Answer, ChatAnswer, CompletionAnswer
 from server.chat import render_chat
 from server.errors import invalid_parameter
@@ -94,8 +95,6 @@ def _check_format(body: GenerationBody) -> None:
     """Whether the schema can be held, before anything is queued. Raises ApiError."""
     if body.json_schema is None:
         return
-    from runtime.constraint import SchemaError, check_schema  # brings PyTorch, which the engine has loaded by now
-
     try:
         check_schema(body.json_schema)
     except SchemaError as error:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from server.config import ServerConfig
     from server.metrics import Metrics
 
-_DISCONNECTED = 499  # nobody reads it; the access log does
+ANSWER = "coldstream.answer"  # in the ASGI scope, for the log
+_DISCONNECTED = 499  # nobody reads it; the log does
 
 
 def make_router(engine: AsyncEngine, config: ServerConfig, metrics: Metrics) -> APIRouter:
@@ -151,6 +152,7 @@ def _semantics(model: LoadedModel) -> dict[str, Any]:
 
 async def _respond(job: Job, generation: Generation, request: Request, stream: bool, config: ServerConfig) -> Response:
     """The answer, whole or as a stream; in both cases the end of the connection ends the generation."""
+    request.scope[ANSWER] = job.answer
     pieces = fold(generation, job.choices)
     if stream:
         frames = error_frame(_frames(job.answer, pieces))

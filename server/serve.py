@@ -7,6 +7,7 @@ new requests, lets running ones end within the drain timeout, and leaves with 0.
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import signal
 import socket
@@ -25,10 +26,12 @@ from server.async_engine import AsyncEngine, LoadedModel
 from server.config import ServerConfig
 from server.load_bar import LoadBar
 from server.plan_table import plan_table
-from server.settings import Settings, load_options, plan_options
+from server.settings import Settings, api_keys, load_options, plan_options
 
 if TYPE_CHECKING:
     from runtime.load import Loaded
+
+logger = logging.getLogger(__name__)
 
 _FLUSH_S = 5  # connections get this long to take what was written, once no request runs any more
 _BACKLOG = 2048
@@ -60,12 +63,15 @@ class Server:
         self._loaded: Loaded | None = None
         self._failure: BaseException | None = None
         self._url = ""
-        keys = frozenset() if settings.api_key is None else frozenset({settings.api_key})
-        app = create_app(self._engine, ServerConfig(self._name, keys))
-        config = uvicorn.Config(
+        config = ServerConfig(
+            self._name, api_keys(settings), cors_origins=settings.cors_origin, max_body_bytes=settings.max_body
+        )
+        self._needs_key = bool(config.api_keys)
+        app = create_app(self._engine, config)
+        options = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_FLUSH_S
         )
-        self._http = _Uvicorn(config, self)
+        self._http = _Uvicorn(options, self)
 
     def run(self) -> int:
         """Serves until a signal; returns the exit code. Raises ColdstreamError when the model cannot be loaded."""
@@ -116,7 +122,10 @@ class Server:
 
         self._progress("importing", 1.0)
         plan = open_plan(self._model, plan_options(self._settings))  # refuses a budget before anything is packed
-        self._console.print(plan_table(plan))
+        if self._settings.log_format == "json":
+            logger.info("memory plan", extra={"fields": {"plan": plan.to_json()}})
+        else:
+            self._console.print(plan_table(plan))
         with LoadBar(self._console) as bar:
             loaded = load(
                 self._model, load_options(self._settings), lambda stage, share: self._progress(stage, share, bar)
@@ -138,9 +147,10 @@ class Server:
 
     def _announce(self, loaded: Loaded) -> None:
         known = ", ".join(f"{k} {v}" for k, v in loaded.info.items() if k in ("mode", "cett", "kernel", "io_engine"))
-        self._say(
-            f"ready: {self._url} serves {self._name} ({known}); try:\n{example(self._url, self._name, self._settings)}"
-        )
+        ready = f"ready: {self._url} serves {self._name} ({known})"
+        if self._settings.log_format == "text":
+            ready += f"; try:\n{example_request(self._url, self._name, self._needs_key)}"
+        self._say(ready)
 
     def _end(self, loader: threading.Thread) -> None:
         self._stopping.set()
@@ -176,10 +186,10 @@ def display_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def example(url: str, name: str, settings: Settings) -> str:
+def example_request(url: str, name: str, needs_key: bool) -> str:
     """A request to paste into a shell."""
     body = {"model": name, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}
-    key = "" if settings.api_key is None else ' -H "authorization: Bearer $COLDSTREAM_API_KEY"'
+    key = ' -H "authorization: Bearer $COLDSTREAM_API_KEY"' if needs_key else ""
     curl = f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key}"
     return f"{curl} \\\n    -d {shlex.quote(json.dumps(body))}"
 

@@ -6,12 +6,13 @@ Knows names, types and ranges of options; not what a model or a tier does with t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cache.budget import parse_size
 from runtime.plan import FfnCache, PlanOptions
@@ -26,6 +27,7 @@ Bundles = Literal["auto", "bf16", "fp16", "fp32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp32"]
 Mode = Literal["sparse", "exact", "dense"]
+LogFormat = Literal["text", "json"]
 
 
 class SettingsError(ValueError):
@@ -40,6 +42,26 @@ def _share(value: object) -> object:
     return FfnCache.parse(value) if isinstance(value, str) else value
 
 
+def _names(value: object) -> object:
+    """Texts with commas, one or several, as the names in them."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    names = tuple(name.strip() for text in texts for name in str(text).split(","))
+    if "" in names:
+        raise ValueError("one of the values is empty")
+    return names
+
+
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins as browsers send them."""
+    for value in values:
+        if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", value):
+            raise ValueError(f"{value} is no origin; write https://example.com, without a path, or * for all")
+    return values
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 Share = Annotated[FfnCache, BeforeValidator(_share)]
 Positive = Annotated[int, Field(gt=0)]
@@ -71,7 +93,13 @@ class Settings(BaseSettings):
     # serve
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key: str | None = Field(None, min_length=1, repr=False)
+    api_key: Annotated[Names, Field(repr=False)] = ()
+    api_key_file: Path | None = None
+    cors_origin: Annotated[Names, AfterValidator(_origins)] = ()
+    max_body: Size = 16 << 20
+    max_queue: Annotated[int, Field(ge=0)] = 64
+    max_wait: Annotated[float, Field(gt=0)] = 300.0
+    log_format: LogFormat = "text"
     served_model_name: str | None = None
     audit_rate: Annotated[float, Field(ge=0, le=1)] = 1 / 1024
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
@@ -100,7 +128,7 @@ def variable(name: str) -> str:
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
     """Settings from the flags given (None: not given), the environment, and defaults. Raises SettingsError."""
-    named = {k: v for k, v in given.items() if v is not None}
+    named = {k: v for k, v in given.items() if v is not None and v != []}
     try:
         return Settings(**named)
     except ValidationError as error:
@@ -123,6 +151,29 @@ def _sentence(error: ValidationError, named: Mapping[str, Any]) -> str:
     return f"{source}: {reason[:1].lower()}{reason[1:]}{shown}"
 
 
+def api_keys(settings: Settings) -> frozenset[str]:
+    """Every key that is let in: those given, and those of the file, one a line, lines with # left out.
+
+    Raises SettingsError for a file that cannot be read or holds none: it must not open the server to everybody.
+    """
+    if settings.api_key_file is None:
+        return frozenset(settings.api_key)
+    try:
+        lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise SettingsError(f"--api-key-file {settings.api_key_file}: {reason}") from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise SettingsError(f"--api-key-file {settings.api_key_file}: holds no key")
+    return frozenset([*settings.api_key, *found])
+
+
+def client_key(settings: Settings) -> str | None:
+    """The key that a client of ours sends: the first of those given."""
+    return next(iter(settings.api_key), None)
+
+
 def load_options(settings: Settings) -> LoadOptions:
     """What the runtime is told of the options."""
     from runtime.load import LoadOptions
@@ -138,6 +189,8 @@ def load_options(settings: Settings) -> LoadOptions:
         ffn_cache=settings.ffn_cache,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        max_queue=settings.max_queue,
+        max_wait_s=settings.max_wait,
         audit_rate=settings.audit_rate,
     )
 
@@ -152,5 +205,6 @@ def plan_options(settings: Settings) -> PlanOptions:
         ffn_cache=settings.ffn_cache,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        max_queue=settings.max_queue,
         bundles=settings.bundles,
     )

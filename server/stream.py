@@ -109,6 +109,7 @@ class Choice:
         self.index, self.prompt = index, prompt
         self.num_tokens = 0
         self.account: RequestAccount | None = None
+        self.outcome = "cancelled"  # until it ends otherwise: a finish reason, or what failed
         self._tokenizer = tokenizer
         self._stops = StopMatcher(stops)
         self._echo = echo
@@ -126,6 +127,7 @@ class Choice:
         if self._finished:  # a stop string was found; what the engine did before it heard of it is not ours
             return None
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self.outcome = event.failure or "error"
             raise GenerationError(event.error or "The request was aborted.", event.failure)
         if event.token_id is None and event.finish_reason is None and event.prompt_logprobs is None:
             return Progress(self.index, event.prompt_tokens_done, len(self.prompt.ids))
@@ -140,6 +142,8 @@ class Choice:
         self._finished = final or stopped
         tokens = self._release(everything=final and not stopped)
         reason = FinishReason.STOP if stopped else event.finish_reason
+        if reason is not None:
+            self.outcome = reason.value
         return Piece(self.index, echoed + text, tokens, None if reason is None else reason.value)
 
     def _take_prompt(self, event: TokenEvent) -> str:

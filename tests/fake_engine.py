@@ -144,7 +144,9 @@ class FakeEngine:
         try:
             last = self._speak(request, on_event)
         except ColdstreamError as error:
-            last = TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+            last = TokenEvent(
+                request.request_id, finish_reason=FinishReason.ERROR, error=str(error), failure="read_error"
+            )
         assert last.finish_reason is not None
         with self._lock:
             del self._live[request.request_id]

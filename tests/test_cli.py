@@ -16,6 +16,7 @@ from server.cli import app
 from server.settings import (
     Settings,
     SettingsError,
+    api_keys,
     load_options,
     plan_options,
     read_settings,
@@ -48,6 +49,7 @@ COMMANDS = {
     "serve": [
         *("--host", "--port", "--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett"),
         *("--ffn-cache", "--max-model-len", "--max-num-seqs", "--api-key", "--served-model-name", "--drain-timeout"),
+        *("--api-key-file", "--cors-origin", "--max-body", "--max-queue", "--max-wait", "--log-format"),
     ],
     "bench": [
         *("--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett", "--ffn-cache"),
@@ -94,6 +96,8 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "text": "t",
         },
         **{"as_json": "true", "url": "u", "quick": "1", "interval": "0.5", "once": "1"},
+        **{"api_key_file": "f", "cors_origin": "https://a.b,http://c"},
+        **{"max_body": "1MiB", "max_queue": "0", "max_wait": "7", "log_format": "json"},
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():
@@ -102,6 +106,21 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [n for n, f in Settings.model_fields.items() if getattr(settings, n) == f.default] == []
     assert (settings.memory, settings.gpu_memory, settings.cett) == (3 << 30, 800_000_000, 0.2)
     assert unknown_variables() == []
+    assert settings.cors_origin == ("https://a.b", "http://c") and settings.api_key == ("k",)
+    assert (load_options(settings).max_queue, load_options(settings).max_wait_s) == (0, 7.0)
+
+
+def test_keys_are_repeated_or_separated_by_commas_and_come_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# team\none\n\n  two  \n", encoding="utf-8")
+    settings = read_settings({"api_key": ["a,b", "c"], "api_key_file": str(file)})
+    assert api_keys(settings) == {"a", "b", "c", "one", "two"}
+    assert "a,b" not in repr(settings) and "'c'" not in repr(settings)
+    assert api_keys(read_settings({"api_key": []})) == frozenset()
+    for text in ("# nothing\n", None):
+        file.unlink() if text is None else file.write_text(text, encoding="utf-8")
+        with pytest.raises(SettingsError, match=f"--api-key-file {file}: "):
+            api_keys(settings)
 
 
 def test_a_misspelt_variable_is_said() -> None:
@@ -119,6 +138,12 @@ def test_a_misspelt_variable_is_said() -> None:
         ({"port": 70000}, {}, "--port: "),
         ({"cett": 1.5}, {}, "--cett: "),
         ({"threads": 0}, {}, "--threads: "),
+        ({"api_key": ["a", ""]}, {}, "--api-key: "),
+        ({"cors_origin": ["example.com"]}, {}, "--cors-origin: example.com is no origin"),
+        ({"cors_origin": ["https://a.b/c"]}, {}, "--cors-origin: "),
+        ({}, {"COLDSTREAM_CORS_ORIGIN": "https://a.b,"}, "COLDSTREAM_CORS_ORIGIN: "),
+        ({"max_body": "0"}, {}, "--max-body: "),
+        ({"max_wait": 0}, {}, "--max-wait: "),
         ({}, {"COLDSTREAM_MODE": "sparce"}, "COLDSTREAM_MODE: "),
         ({}, {"COLDSTREAM_JSON": "perhaps"}, "COLDSTREAM_JSON: "),
     ],

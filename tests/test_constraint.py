@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.constraint import ConstraintCompiler, SchemaError, check_schema
+from runtime.constraint import ConstraintCompiler
 from runtime.request import SamplingParams
 from runtime.sampler import Sampler
+from runtime.schema_grammar import SchemaError, check_schema
 from tests.fake_engine import byte_tokenizer
 
 VOCAB = 264  # more rows than tokens, as models pad their output

@@ -5,6 +5,7 @@ Each test runs `coldstream serve` in a process of its own, over a runtime that l
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -146,6 +147,24 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
     assert code == 1
     assert output.count("\n") == 1
     assert "--port" in output
+
+
+def test_json_log_is_json_from_the_first_line_to_the_last(tmp_path: Path) -> None:
+    with serving(tmp_path / "good", "--log-format", "json", "--api-key", "hush") as process:
+        url = process.expect(r"ready: (http://[^ ]+) serves")[1]
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer hush"}).status_code == 200
+        process.expect('"/v1/models"')
+        process.popen.send_signal(signal.SIGTERM)
+        code, output = process.end()
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert code == 0, output
+    others = [line for line in output.splitlines() if not line.startswith("{")]
+    assert {line.split()[0] for line in others} <= {"engine", "closed"}, output  # what the fake runtime prints
+    assert any("plan" in line for line in lines) and "hush" not in output
+    with serving(tmp_path / "broken", "--log-format", "json") as process:
+        code, output = process.end()
+    last = json.loads(output.splitlines()[-1])
+    assert code == 1 and last["level"] == "error" and last["message"].endswith("broken: ends early")
 
 
 @pytest.mark.parametrize(
