@@ -159,14 +159,14 @@ class BaseReader : public Reader {
     return "the file ends at byte " + std::to_string(fstat(file_->fd, &s) == 0 ? s.st_size : file_->size);
   }
 
-  bool pending(int64_t id) const {
+  int64_t pending(int64_t id) const {
     const auto found = tickets_.find(id);
-    return found != tickets_.end() && found->second.pending > 0;
+    return found == tickets_.end() ? 0 : found->second.pending;
   }
 
   std::optional<bool> peek(int64_t id) const {
     if (tickets_.count(id) == 0) return std::nullopt;
-    return !pending(id);
+    return pending(id) == 0;
   }
 
   std::optional<Outcome> take(int64_t id) {
@@ -239,13 +239,13 @@ class UringReader final : public BaseReader {
 
   std::optional<Outcome> wait(int64_t ticket) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (pending(ticket)) turn();
+    while (const int64_t left = pending(ticket)) turn(left);
     return take(ticket);
   }
 
   void drain() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (broken_.empty() && (in_flight() > 0 || !waiting_.empty())) turn();
+    while (broken_.empty() && (in_flight() > 0 || !waiting_.empty())) turn(1);
   }
 
  protected:
@@ -272,10 +272,13 @@ class UringReader final : public BaseReader {
     return ring_->push(file_->fd, arena_ + r.arena_offset + r.done, length, offset, index);
   }
 
-  // One round: keep the queue full, wait for a completion, take what is there.
-  void turn() {
+  // One round: fill the queue, wait for some completions, take what is there. `left`: requests to come that are waited
+  // for. Each round is a system call: with more waiting than fits the queue it takes an eighth of it at a time, which
+  // keeps the device busy; else all that is left.
+  void turn(int64_t left) {
     fill();
-    const int error = ring_->enter(in_flight() > 0 ? 1 : 0);
+    const size_t wanted = waiting_.empty() ? static_cast<size_t>(left) : std::max<size_t>(1, in_flight() / 8);
+    const int error = ring_->enter(static_cast<unsigned>(std::min(wanted, in_flight())));
     const bool moved = reap();
     if (error != 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) {
       give_up(error);
@@ -350,7 +353,7 @@ class PreadReader final : public BaseReader {
 
   std::optional<Outcome> wait(int64_t ticket) override {
     std::unique_lock<std::mutex> lock(mutex_);
-    settled_.wait(lock, [&] { return !pending(ticket); });
+    settled_.wait(lock, [&] { return pending(ticket) == 0; });
     return take(ticket);
   }
 
