@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import openapi
 from server.async_engine import AsyncEngine
 from server.config import ServerConfig
 from server.errors import Refusals, body_too_large, install_handlers, internal_error, invalid_api_key
@@ -34,6 +35,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     refusals = Refusals()
     install_handlers(app, refusals)
     app.include_router(make_router(engine, config, Metrics(engine, config, refusals)))
+    openapi.install(app, config.served_model_name, needs_key=bool(config.api_keys))
     app.add_middleware(Gate, config=config, refusals=refusals)
     if config.cors_origins:  # outside of the gate: a browser asks first, without a key, and must be able to read errors
         app.add_middleware(

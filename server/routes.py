@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
+from server import openapi
 from server.answers import Answer
 from server.async_engine import AsyncEngine, Generation, LoadedModel, State
 from server.errors import Json, invalid_parameter, model_not_found, not_ready
@@ -41,13 +42,13 @@ def make_router(engine: AsyncEngine, config: ServerConfig, metrics: Metrics) -> 
 
 
 def _add_generation(router: APIRouter, engine: AsyncEngine, config: ServerConfig) -> None:
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=openapi.with_body(openapi.COMPLETION, stream=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
         model = _model_for(body, engine, config)
         job = await run_in_threadpool(completion_job, body, model, config.served_model_name)
         return await _respond(job, engine.generate(job.requests), request, body.stream, config)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=openapi.with_body(openapi.CHAT, stream=True))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         model = _model_for(body, engine, config)
         job = await run_in_threadpool(chat_job, body, model, config.served_model_name)
@@ -68,11 +69,11 @@ def _add_models(router: APIRouter, engine: AsyncEngine, config: ServerConfig) ->
             **known,
         }
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=openapi.responses(openapi.MODELS, 401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card()]}
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=openapi.responses(openapi.MODEL, 401, 404))
     async def model(name: str) -> dict[str, Any]:
         if name != config.served_model_name:
             raise model_not_found(name)
@@ -80,13 +81,13 @@ def _add_models(router: APIRouter, engine: AsyncEngine, config: ServerConfig) ->
 
 
 def _add_tokens(router: APIRouter, engine: AsyncEngine, config: ServerConfig) -> None:
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=openapi.with_body(openapi.TOKENS))
     async def tokenize_text(body: TokenizeBody) -> dict[str, Any]:
         model = _model_for(body, engine, config)
         tokens = await run_in_threadpool(tokenize, body, model.tokenizer)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": model.max_model_len}
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses=openapi.with_body(openapi.PROMPT))
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         tokenizer = _model_for(body, engine, config).tokenizer
         if max(body.tokens, default=0) >= tokenizer.vocab_size:
@@ -94,7 +95,7 @@ def _add_tokens(router: APIRouter, engine: AsyncEngine, config: ServerConfig) ->
         text = await run_in_threadpool(tokenizer.decode, body.tokens, body.skip_special_tokens)
         return {"prompt": text}
 
-    @router.get("/tokenizer_info")
+    @router.get("/tokenizer_info", responses=openapi.responses(openapi.TOKENIZER, 401, 503))
     async def tokenizer_info() -> dict[str, Any]:
         tokenizer = engine.ready_model().tokenizer
         return {
@@ -109,13 +110,13 @@ def _add_tokens(router: APIRouter, engine: AsyncEngine, config: ServerConfig) ->
 def _add_operation(router: APIRouter, engine: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
     readiness = engine.readiness
 
-    @router.get("/health")
+    @router.get("/health", responses=openapi.responses(openapi.HEALTH))
     async def health() -> dict[str, Any]:
         info = {} if engine.loaded is None else dict(engine.loaded.info)
         loading = {"stage": readiness.stage, "share": readiness.share} if readiness.state is State.LOADING else {}
         return {"status": "ok", "state": readiness.state.value, **loading, **info}
 
-    @router.get("/ready")
+    @router.get("/ready", responses=openapi.responses(openapi.READY, 503))
     async def ready() -> dict[str, Any]:
         if readiness.state is not State.READY:
             refusal = not_ready(readiness.sentence())
@@ -123,16 +124,16 @@ def _add_operation(router: APIRouter, engine: AsyncEngine, config: ServerConfig,
             raise refusal
         return {"status": "ready"}
 
-    @router.get("/version")
+    @router.get("/version", responses=openapi.responses(openapi.VERSION, 401))
     async def version() -> dict[str, Any]:
         return {"version": config.version}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse, responses=openapi.text(401))
     async def metrics_text(request: Request) -> Response:
         content, media_type = metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"content-type": media_type})
 
-    @router.get("/cache")
+    @router.get("/cache", responses=openapi.responses(openapi.CACHE, 401, 503))
     async def cache() -> dict[str, Any]:
         return metrics.cache_json()
 

@@ -55,6 +55,19 @@ _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 _CHAT_ONLY_REFUSALS: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (1,), "prompt": ()}
 
 TokenId = Annotated[int, Field(ge=0)]
+_ROLES = ("system", "developer", "user", "assistant")
+# for /openapi.json, where the kinds below cannot say it
+_BIASES: dict[str, Any] = {
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_FORMS: list[Any] = [
+    {"type": "string"},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    _IDS,
+    {"type": "array", "items": _IDS, "minItems": 1},
+]
 
 
 class Body(BaseModel):
@@ -123,13 +136,13 @@ class GenerationBody(Body):
     top_k: int = Field(0, ge=-1)  # 0 and -1: off
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: str | list[str] = Field(default_factory=list)
+    stop: str | list[str] = Field(default_factory=list, json_schema_extra={"minLength": 1, "maxItems": _MAX_STOPS})
     stop_token_ids: list[TokenId] = Field(default_factory=list)
     ignore_eos: bool = False
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: dict[str, float] = Field(default_factory=dict)
+    logit_bias: dict[str, float] = Field(default_factory=dict, json_schema_extra=_BIASES)
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="before")
@@ -198,7 +211,7 @@ def _extra(prefix: str, part: BaseModel | None) -> list[str]:
 class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompts` is the prompt in its one general form: texts or lists of token ids."""
 
-    prompt: Any
+    prompt: Any = Field(json_schema_extra={"anyOf": _PROMPT_FORMS})
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -238,7 +251,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": [*_ROLES]})
     content: str
     name: str | None = None
 
@@ -256,8 +269,8 @@ class Message(BaseModel):
     @classmethod
     def _known_role(cls, value: str) -> str:
         """`developer` is what newer models call `system`; templates know the latter."""
-        if value not in ("system", "developer", "user", "assistant"):
-            raise ValueError(f"{value!r} is not supported; one of system, developer, user, assistant is")
+        if value not in _ROLES:
+            raise ValueError(f"{value!r} is not supported; one of {', '.join(_ROLES)} is")
         return "system" if value == "developer" else value
 
     def for_template(self) -> dict[str, Any]:
