@@ -7,6 +7,7 @@ looked at before every layer of every step: a cancelled prefill stops within a l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -33,14 +34,17 @@ from runtime.config import ModelConfig
 from runtime.constraint import ConstraintCompiler
 from runtime.engine_stats import EngineSnapshot, EngineStats, FailureReason, MemoryLevels
 from runtime.kv_cache import BlockManager, KVCache
+from runtime.pace import Pace
+from runtime.prefix_cache import PrefixCache
 from runtime.request import FinishReason, Request, RequestAccount, TokenEvent, TokenLogprob
 from runtime.sampler import Sampler, score_rows
-from runtime.scheduler import Account, Scheduler, Sequence, Step, make_batch, projected_tokens
+from runtime.scheduler import Account, PromptChunk, Scheduler, Sequence, Step, make_batches, projected_tokens
 
 __all__ = ["Engine", "EngineConfig", "EngineSnapshot", "MemoryLevels", "Model"]
 
 logger = logging.getLogger(__name__)
 
+PREFILL_CHUNK = 64  # tokens: a GEMM of so many rows runs at nine tenths of its best; less is found again more often
 _AUDIT_EVERY = 64  # steps between audits while there is work
 _SHUT_DOWN = "The server was shut down before this request was finished."
 
@@ -54,16 +58,22 @@ class Model(Protocol):
     @property
     def counters(self) -> Callable[[], ModelCounters]: ...
 
-    def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
-        """fp32 logits of the rows that `batch.logits` names. Calls `check` between layers; it may raise Cancelled."""
+    def forward_together(
+        self, batches: list[Batch], kv: KVCache, check: Callable[[], None]
+    ) -> list[torch.Tensor | None]:
+        """For each batch, fp32 logits of the rows that `batch.logits` names: the same as if it ran alone.
+
+        A batch sees the keys and values of those before it. Calls `check` between layers; it may raise Cancelled.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits. max_queue: requests that may wait beyond the max_num_seqs that may run; prefill_chunk: tokens.
+    """Limits. max_queue: requests that may wait beyond the max_num_seqs that may run.
 
-    max_wait_s: seconds that a request may wait for a place and for KV; None: as long as it takes.
+    prefill_chunk: tokens of a prompt that are computed as one, and with `prefix_cache` shared as one; prefill_rows: of
+    all prompts in a step. max_wait_s: seconds that a request may wait for a place and KV; None: as long as it takes.
     """
 
     max_model_len: int
@@ -71,7 +81,9 @@ class EngineConfig:
     kv_blocks: int
     max_queue: int = 64
     max_wait_s: float | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
+    prefill_rows: int = 512
+    prefix_cache: bool = True
     block_size: int = 16
 
 
@@ -111,7 +123,9 @@ class Engine:
         self._constraints = constraints
         self._steps_since_audit = 0
         self._blocks = BlockManager(kv.num_blocks, kv.block_size)
-        self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.prefill_chunk)
+        self._prefix = PrefixCache(self._blocks, config.prefill_chunk) if config.prefix_cache else None
+        self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.prefill_chunk, self._prefix)
+        self._pace = Pace(config.prefill_chunk, config.prefill_rows)
         self._stats = EngineStats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_now: Step | None = None
@@ -196,6 +210,9 @@ class Engine:
             overflow=model.overflow,
             audit=AuditSnapshot() if self._auditor is None else self._auditor.snapshot(),
             kv_used_bytes=self._blocks.num_used * self.kv.block_bytes,
+            prefix_cache_idle_bytes=self._blocks.num_idle * self.kv.block_bytes,
+            prefix_cache_lookup_tokens=0 if self._prefix is None else self._prefix.lookup_tokens,
+            prefix_cache_hit_tokens=0 if self._prefix is None else self._prefix.hit_tokens,
             num_requests_running=running,
             num_requests_waiting=waiting,
             prompt_tokens=totals.prompt_tokens,
@@ -295,16 +312,13 @@ class Engine:
         self._receive()
         self._admit()
         self._expire()
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(self._pace.rows(self._scheduler.num_decoding > 0))
         if step is None:
             return
-        try:
-            logits = self._forward(step)
-            self._collect(step, logits)
-        except Cancelled:
-            pass  # whoever asked for it is ended below; at the end of the drain time the loop ends the others
-        except Exception as error:
-            self._fail(step.sequences, error)
+        with contextlib.suppress(
+            Cancelled
+        ):  # who asked for it is ended below, at the end of the drain time by the loop
+            self._run_step(step)
         for sequence in step.sequences:
             self._end_if_asked(sequence)
         self._steps_since_audit += 1
@@ -340,15 +354,37 @@ class Engine:
             message = f"No place was free for this request within {limit_s:g} s. Try again later."
             self._finish(sequence, FinishReason.ERROR, failure=FailureReason.WAIT_LIMIT, error=message)
 
-    def _forward(self, step: Step) -> torch.Tensor | None:
+    def _run_step(self, step: Step) -> None:
+        """Runs the model and takes what it gives. A step that fails is tried again by the request: each fails alone."""
+        try:
+            logits = self._forward(step)
+        except Cancelled:
+            raise
+        except Exception as error:
+            alone = list(step.split())
+            if len(alone) == 1:
+                self._fail(step.sequences, error)
+                return
+            for part in alone:
+                self._run_step(part)
+            return
+        try:
+            self._collect(step, logits)
+        except Exception as error:
+            self._fail(step.sequences, error)
+
+    def _forward(self, step: Step) -> list[torch.Tensor | None]:
         """Runs the model and charges the step's requests for it, whatever came of it."""
         before, start_s = self._cache_snapshot(), time.perf_counter()
         self._step_now = step
         try:
-            return self._model.forward(make_batch(step), self.kv, self._check)
+            return self._model.forward_together(make_batches(step), self.kv, self._check)
         finally:
             self._step_now = None
-            charge(step, self._cache_snapshot() - before, time.perf_counter() - start_s)
+            spent, seconds = self._cache_snapshot() - before, time.perf_counter() - start_s
+            charge(step, spent, seconds)
+            if step.chunks:
+                self._pace.observe(step.num_prompt_rows, seconds, stall_seconds(spent))
 
     def _check(self) -> None:
         """Called by the model between layers. Raises Cancelled when nobody waits for this step any more."""
@@ -357,27 +393,33 @@ class Engine:
         if self._past_deadline() or (step is not None and all(s.ending is not None for s in step.sequences)):
             raise Cancelled
 
-    def _collect(self, step: Step, logits: torch.Tensor | None) -> None:
-        """What a step that went well has given: tokens, prompt log-probabilities, progress."""
-        if step.kind == "decode":
-            rows = _wanted(logits)
-            for sequence, row in zip(step.sequences, rows, strict=True):
+    def _collect(self, step: Step, logits: list[torch.Tensor | None]) -> None:
+        """What a step that went well has given: prompt log-probabilities, progress, tokens."""
+        last: dict[Sequence, torch.Tensor | None] = {}
+        for chunk, rows in zip(step.chunks, logits[: len(step.chunks)], strict=True):
+            if chunk.sequence.scored:
+                self._score(chunk, _wanted(rows))
+            self._scheduler.computed(chunk)
+            last[chunk.sequence] = rows
+        for sequence, rows in last.items():
+            self._collect_prompt(sequence, rows)
+        if step.decoding:
+            for sequence, row in zip(step.decoding, _wanted(logits[-1]), strict=True):
                 sequence.num_computed += 1
                 self._take_token(sequence, row)
-            return
-        sequence = step.sequences[0]
-        if step.kind == "score":
-            self._score(sequence, step.length, _wanted(logits))
-        sequence.num_computed += step.length
-        self._stats.prompt_processed(step.length)
+
+    def _collect_prompt(self, sequence: Sequence, logits: torch.Tensor | None) -> None:
+        """After the chunks of one prompt; `logits` are those of the last."""
+        self._stats.prompt_processed(sequence.num_computed - sequence.num_counted)
+        sequence.num_counted = sequence.num_computed
         self._prompt_progress(sequence)
         if not sequence.prefilling and sequence.request.params.max_tokens > 0:
             self._take_token(sequence, _wanted(logits)[-1])
 
-    def _score(self, sequence: Sequence, length: int, logits: torch.Tensor) -> None:
+    def _score(self, chunk: PromptChunk, logits: torch.Tensor) -> None:
         """Keeps the log-probabilities of the prompt's tokens that rows `logits` [length, V] predict."""
-        start = sequence.num_computed
-        targets = sequence.request.prompt_ids[start + 1 : start + 1 + length]  # the last row's is not the prompt's
+        sequence = chunk.sequence
+        targets = sequence.request.prompt_ids[chunk.start + 1 : chunk.stop + 1]  # the last row's is not the prompt's
         num_top = sequence.request.params.prompt_logprobs or 0
         if not sequence.prompt_logprobs:
             sequence.prompt_logprobs.append(None)  # nothing predicts the first token
@@ -506,13 +548,13 @@ def charge(step: Step, spent: CacheSnapshot, seconds: float) -> None:
 
     The remainder of a division goes to the first requests of the step, so that accounts add up to the counters.
     """
+    for sequence in step.prompts:
+        sequence.account.prefill_s += seconds
+    for sequence in step.decoding:
+        sequence.account.decode_s += seconds
     accounts = [s.account for s in step.sequences]
     for account in accounts:
-        if step.kind == "decode":
-            account.decode_s += seconds
-        else:
-            account.prefill_s += seconds
-        account.stall_s += sum(t.stall_seconds for t in spent.transfers.values()) / len(accounts)
+        account.stall_s += stall_seconds(spent) / len(accounts)
     for (source, _), transfer in spent.transfers.items():
         for account, share in _shares(accounts, transfer.bytes):
             account.bytes_read[source] = account.bytes_read.get(source, 0) + share
@@ -520,6 +562,10 @@ def charge(step: Step, spent: CacheSnapshot, seconds: float) -> None:
         account.cache_lookups += share
     for account, share in _shares(accounts, sum(t.hits for t in spent.tiers.values())):
         account.cache_hits += share
+
+
+def stall_seconds(spent: CacheSnapshot) -> float:
+    return sum(t.stall_seconds for t in spent.transfers.values())
 
 
 def _shares(accounts: list[Account], total: int) -> Iterator[tuple[Account, int]]:

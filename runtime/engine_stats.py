@@ -46,7 +46,7 @@ class MemoryLevels:
 class EngineSnapshot(Subtractable):
     """Everything that the engine and what is below it count, at one moment.
 
-    Requests that are running or waiting and bytes that are in use are levels: a difference holds their change.
+    Requests that are running or waiting and bytes that are in use or idle are levels: a difference holds their change.
     """
 
     cache: CacheSnapshot
@@ -55,7 +55,10 @@ class EngineSnapshot(Subtractable):
     predicted_neurons: int
     overflow: int
     audit: AuditSnapshot
-    kv_used_bytes: int
+    kv_used_bytes: int  # held by requests
+    prefix_cache_idle_bytes: int  # kept in case that a prompt comes again, held by none
+    prefix_cache_lookup_tokens: int  # of the prompts that were admitted
+    prefix_cache_hit_tokens: int  # of those, what need not be computed
     num_requests_running: int
     num_requests_waiting: int
     prompt_tokens: int

@@ -84,19 +84,36 @@ class KVCache:
 
 
 class BlockManager:
-    """Who has which block: ask with `can_allocate`, take with `allocate`, give back with `free`."""
+    """Who has which block: ask with `can_allocate`, take with `allocate`, give back with `free`.
+
+    A block may be held several times, and be kept by a cache beside that. It is free when neither is the case.
+    """
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._used = np.zeros(num_blocks, np.bool_)
-        self.num_used = 0
+        self._holders = np.zeros(num_blocks, np.int32)
+        self._kept = np.zeros(num_blocks, np.bool_)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return int(np.count_nonzero(self._holders))
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that are kept and that nobody holds."""
+        return int(np.count_nonzero(self._kept & (self._holders == 0)))
+
+    @property
+    def num_free(self) -> int:
+        return self.num_blocks - self.num_used - self.num_idle
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
     def can_allocate(self, num_tokens: int) -> bool:
-        return self.blocks_for(num_tokens) <= self.num_blocks - self.num_used
+        return self.blocks_for(num_tokens) <= self.num_free
 
     def allocate(self, num_tokens: int) -> np.ndarray:
         """int32 block table for `num_tokens`: the lowest free blocks, ascending, so that tables are mostly contiguous.
@@ -104,15 +121,33 @@ class BlockManager:
         RuntimeError when they are not free: ask `can_allocate` first.
         """
         if not self.can_allocate(num_tokens):
-            raise RuntimeError(f"{num_tokens} tokens do not fit {self.num_blocks - self.num_used} free blocks")
-        blocks = np.flatnonzero(~self._used)[: self.blocks_for(num_tokens)]
-        self._used[blocks] = True
-        self.num_used += blocks.size
+            raise RuntimeError(f"{num_tokens} tokens do not fit {self.num_free} free blocks")
+        blocks = np.flatnonzero((self._holders == 0) & ~self._kept)[: self.blocks_for(num_tokens)]
+        self._holders[blocks] = 1
         return blocks.astype(np.int32)
 
+    def hold(self, blocks: np.ndarray) -> None:
+        """Holds blocks that are held or kept once more. RuntimeError when one of them is free."""
+        if not ((self._holders[blocks] > 0) | self._kept[blocks]).all():
+            raise RuntimeError(f"blocks {blocks.tolist()} are not all in use")
+        self._holders[blocks] += 1
+
     def free(self, blocks: np.ndarray) -> None:
-        """Gives blocks back. RuntimeError, and nothing is changed, when one of them is not out or is named twice."""
-        if not self._used[blocks].all() or np.unique(blocks).size != blocks.size:
+        """Ends one hold. RuntimeError, and nothing is changed, when one of them is not held or is named twice."""
+        if not (self._holders[blocks] > 0).all() or np.unique(blocks).size != blocks.size:
             raise RuntimeError(f"blocks {blocks.tolist()} are freed, but not all of them are in use")
-        self._used[blocks] = False
-        self.num_used -= blocks.size
+        self._holders[blocks] -= 1
+
+    def held(self, blocks: np.ndarray) -> bool:
+        """Whether somebody holds any of them."""
+        return bool((self._holders[blocks] > 0).any())
+
+    def keep(self, blocks: np.ndarray) -> None:
+        """They stay when nobody holds them any more, until `forget`. RuntimeError when one is kept already or free."""
+        if self._kept[blocks].any() or not (self._holders[blocks] > 0).all():
+            raise RuntimeError(f"blocks {blocks.tolist()} cannot be kept: one is kept already, or free")
+        self._kept[blocks] = True
+
+    def forget(self, blocks: np.ndarray) -> None:
+        """The end of `keep`."""
+        self._kept[blocks] = False

@@ -57,6 +57,7 @@ class LoadOptions:
     max_num_seqs: int = 4
     max_queue: int = 64
     max_wait_s: float | None = None
+    prefix_cache: bool = True
     audit_rate: float = 0.0
     kernel: str = "auto"
     io_engine: str = "auto"
@@ -266,7 +267,8 @@ def _engine_config(plan: Plan, options: LoadOptions) -> EngineConfig:
         max_wait_s=options.max_wait_s,
         kv_blocks=plan.kv_blocks,
         block_size=plan.block_size,
-        prefill_chunk=plan.prefill_chunk,
+        prefill_rows=min(plan.prefill_chunk, plan.max_model_len),
+        prefix_cache=options.prefix_cache,
     )
 
 

@@ -58,6 +58,7 @@ class RequestAccount:
     bytes_read: Mapping[str, int] = field(default_factory=dict)  # by source tier
     cache_lookups: int = 0
     cache_hits: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
     stall_s: float = 0.0
     queue_s: float = 0.0
     prefill_s: float = 0.0

@@ -1,24 +1,27 @@
 """Who runs next: first come, first served, admitted by the KV that a request can need at most.
 
-Knows requests, tokens and blocks; not the model, not threads, not clocks. One thread uses it.
-Decoding is never starved: while somebody decodes, a prefill chunk and a decode step take turns.
+Knows requests, tokens, chunks of prompts and blocks; not the model, not threads, not clocks. One thread uses it.
+A step takes one token for all who decode, and chunks of as many prompts as its rows allow: the FFN is read once for all
+of them. A chunk is what a prompt is computed in: its bounds depend on the request only, never on who else is there or
+on how many chunks share a step, so that its numbers do not either, and whoever has the same tokens may have its KV.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from runtime.batch import Batch, BatchKind, LogitsKind, SequenceView
+from runtime.batch import Batch, LogitsKind, SequenceView
 from runtime.kv_cache import BlockManager
+from runtime.prefix_cache import PrefixCache, chunk_keys
 from runtime.request import FinishReason, Request, TokenEvent, TokenLogprob
 from runtime.sampler import Sampler
 
-SCORE_ROWS = 128  # rows of one scoring chunk: their logits [128, V] are all there is in memory
+SCORE_ROWS = 128  # rows of one scoring chunk, and of all in a step: their logits [128, V] are all there is in memory
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class Account:
     bytes_read: dict[str, int] = field(default_factory=dict)  # by source tier
     cache_lookups: int = 0
     cache_hits: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
     stall_s: float = 0.0
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -43,7 +47,10 @@ class Sequence:
     sampler: Sampler
     arrived_s: float
     blocks: np.ndarray | None = None  # int32 block table; None while waiting
+    keys: tuple[bytes, ...] = ()  # of the prompt's whole chunks, where they may be shared
     num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_counted: int = 0  # of the prompt, those that the statistics know of
+    last_turn: int = 0  # the step that last took a chunk of the prompt
     num_generated: int = 0
     last_token: int = -1
     last_token_s: float = 0.0
@@ -66,12 +73,44 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Rows for one run of the model: the next `length` tokens of each of `sequences`."""
+class PromptChunk:
+    """Tokens start..start+length-1 of a prompt, computed by one call of everything."""
 
-    kind: BatchKind
-    sequences: tuple[Sequence, ...]
-    length: int = 1
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one run of the model computes: chunks of prompts, those of one prompt in order, and a token for each of
+    `decoding`."""
+
+    chunks: tuple[PromptChunk, ...]
+    decoding: tuple[Sequence, ...]
+
+    @property
+    def prompts(self) -> tuple[Sequence, ...]:
+        return tuple(dict.fromkeys(chunk.sequence for chunk in self.chunks))
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return self.prompts + self.decoding
+
+    @property
+    def num_prompt_rows(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    def split(self) -> Iterator[Step]:
+        """The same, each sequence in a step of its own."""
+        for sequence in self.prompts:
+            yield Step(tuple(chunk for chunk in self.chunks if chunk.sequence is sequence), ())
+        for sequence in self.decoding:
+            yield Step((), (sequence,))
 
 
 def projected_tokens(request: Request) -> int:
@@ -80,19 +119,18 @@ def projected_tokens(request: Request) -> int:
 
 
 class Scheduler:
-    """Waiting and running sequences and their blocks.
+    """Waiting and running sequences and their blocks. `prefix`: where chunks of prompts are shared; None: nowhere."""
 
-    Chunks of a prompt depend on the request only (`prefill_chunk` tokens, or SCORE_ROWS when it is scored), never on
-    who else is there, so that its numbers do not either.
-    """
-
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, prefill_chunk: int, prefix: PrefixCache | None = None
+    ) -> None:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
+        self._prefix = prefix
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._prefilled_last = False
+        self._turn = 0
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +140,13 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_decoding(self) -> int:
+        return sum(not s.prefilling for s in self._running)
+
     def add(self, sequence: Sequence) -> None:
+        if self._prefix is not None and not sequence.scored:  # a scored prompt goes by the sparse semantics
+            sequence.keys = chunk_keys(sequence.request.prompt_ids, self._prefill_chunk)
         self._waiting.append(sequence)
 
     def arrived_before(self, time_s: float) -> list[Sequence]:
@@ -117,6 +161,8 @@ class Scheduler:
         self._running.remove(sequence)
         self._blocks.free(sequence.blocks)
         sequence.blocks = None
+        if self._prefix is not None:
+            self._prefix.touch(sequence.keys)
 
     def admit(self) -> list[Sequence]:
         """Moves sequences from waiting to running while there is a place and KV for all they may need; returns those.
@@ -125,54 +171,188 @@ class Scheduler:
         """
         admitted = []
         while self._waiting and len(self._running) < self._max_num_seqs:
-            num_tokens = projected_tokens(self._waiting[0].request)
-            if not self._blocks.can_allocate(num_tokens):
+            if not self._place(self._waiting[0]):
                 break
             sequence = self._waiting.popleft()
-            sequence.blocks = self._blocks.allocate(num_tokens)
             self._running.append(sequence)
             admitted.append(sequence)
         return admitted
 
-    def schedule(self) -> Step | None:
-        """The next step, None when nobody runs: the oldest prompt's next chunk, or one token for all who decode."""
-        prefilling = next((s for s in self._running if s.prefilling), None)
+    def _place(self, sequence: Sequence) -> bool:
+        """Gives a sequence its blocks: what is shared, and room for all else that it may need, if there is that."""
+        found = self._shared_blocks(sequence)
+        self._blocks.hold(found)  # first, so that making room does not take them
+        num_new = self._blocks.blocks_for(projected_tokens(sequence.request)) - found.size
+        if not self._make_room(num_new):
+            self._blocks.free(found)
+            return False
+        sequence.blocks = np.concatenate([found, self._blocks.allocate(num_new * self._blocks.block_size)])
+        if self._prefix is not None and not sequence.scored:
+            self._prefix.lookup_tokens += sequence.num_prompt
+        self._skip(sequence, found.size * self._blocks.block_size)
+        return True
+
+    def _make_room(self, num_blocks: int) -> bool:
+        """Frees kept blocks until `num_blocks` are free; False, and nothing is freed, when they are too few."""
+        missing = num_blocks - self._blocks.num_free
+        if missing > self._blocks.num_idle:
+            return False
+        if self._prefix is not None and missing > 0:
+            self._prefix.evict(missing)
+        return True
+
+    def _shared_blocks(self, sequence: Sequence) -> np.ndarray:
+        """Blocks of the longest beginning of the prompt that is in the prefix cache, int32."""
+        found = [np.empty(0, np.int32)]
+        for key in self._usable_keys(sequence):
+            blocks = None if self._prefix is None else self._prefix.find(key)
+            if blocks is None:
+                break
+            found.append(blocks)
+        return np.concatenate(found)
+
+    def _usable_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
+        """Of the chunks that need not be computed: the last token's has to be, since its logits are wanted."""
+        return sequence.keys[: (sequence.num_prompt - 1) // self._prefill_chunk]
+
+    def _skip(self, sequence: Sequence, num_tokens: int) -> None:
+        """The next tokens of the prompt are there."""
+        sequence.num_computed += num_tokens
+        sequence.account.cached_tokens += num_tokens
+        if self._prefix is not None:
+            self._prefix.hit_tokens += num_tokens
+
+    def schedule(self, max_rows: int) -> Step | None:
+        """The next step, None when nobody runs: at most `max_rows` rows of prompts, but one chunk at least."""
+        chunks = tuple(self._choose_chunks(max_rows))
         decoding = tuple(s for s in self._running if not s.prefilling)
-        if prefilling is not None and not (decoding and self._prefilled_last):
-            self._prefilled_last = True
-            return self._prompt_step(prefilling)
-        self._prefilled_last = False
-        return Step("decode", decoding) if decoding else None
+        return Step(chunks, decoding) if chunks or decoding else None
 
-    def _prompt_step(self, sequence: Sequence) -> Step:
-        kind: BatchKind = "score" if sequence.scored else "prefill"
-        chunk = SCORE_ROWS if sequence.scored else self._prefill_chunk
-        return Step(kind, (sequence,), min(chunk, sequence.num_prompt - sequence.num_computed))
+    def _choose_chunks(self, max_rows: int) -> list[PromptChunk]:
+        """A chunk of each prompt, whoever waited longest for one first; what is left goes to the oldest prompts.
+
+        A chunk that another prompt has in this step already is not computed twice: who needs it too comes next time.
+        """
+        prompts = [s for s in self._running if s.prefilling]
+        for sequence in prompts:
+            self._adopt(sequence)
+        room = _Room(max_rows)
+        ahead = {s: self._chunks_of(s) for s in prompts}
+        for sequence in sorted(prompts, key=lambda s: s.last_turn):
+            room.take(ahead[sequence], at_most=1)
+        for sequence in prompts:
+            room.take(ahead[sequence])
+        self._turn += 1
+        for chunk in room.chunks:
+            chunk.sequence.last_turn = self._turn
+        return room.chunks
+
+    def _chunks_of(self, sequence: Sequence) -> deque[tuple[PromptChunk, bytes | None]]:
+        """The chunks still to be computed, and the keys of those that may be shared."""
+        size = SCORE_ROWS if sequence.scored else self._prefill_chunk
+        out: deque[tuple[PromptChunk, bytes | None]] = deque()
+        for start in range(sequence.num_computed, sequence.num_prompt, size):
+            index = start // size
+            key = sequence.keys[index] if index < len(sequence.keys) else None
+            out.append((PromptChunk(sequence, start, min(size, sequence.num_prompt - start)), key))
+        return out
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Takes over the next chunks where somebody else has computed them since this sequence was admitted."""
+        if self._prefix is None or sequence.blocks is None:
+            return
+        for key in self._usable_keys(sequence)[sequence.num_computed // self._prefill_chunk :]:
+            blocks = self._prefix.find(key)
+            if blocks is None:
+                return
+            self._replace(sequence, sequence.num_computed, blocks)
+            self._skip(sequence, self._prefill_chunk)
+
+    def _replace(self, sequence: Sequence, start: int, blocks: np.ndarray) -> None:
+        """Shared blocks in place of a sequence's own, from token `start`."""
+        if sequence.blocks is None:
+            raise RuntimeError(f"{sequence.request.request_id} has no blocks: it was not admitted")
+        first = start // self._blocks.block_size
+        own = sequence.blocks[first : first + blocks.size]
+        self._blocks.hold(blocks)
+        self._blocks.free(own)
+        own[:] = blocks
+
+    def computed(self, chunk: PromptChunk) -> None:
+        """A chunk's keys and values are there; from now on whoever has the same tokens may have them."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.stop
+        index = chunk.start // self._prefill_chunk
+        if self._prefix is None or sequence.blocks is None or index >= len(sequence.keys):
+            return
+        key = sequence.keys[index]
+        there = self._prefix.find(key)
+        if there is not None:
+            self._replace(sequence, chunk.start, there)
+            return
+        first = chunk.start // self._blocks.block_size
+        self._prefix.put(key, sequence.blocks[first : first + chunk.length // self._blocks.block_size])
 
 
-def make_batch(step: Step) -> Batch:
-    """The step as the model wants it."""
-    views = tuple(_view(s, step.length) for s in step.sequences)
-    if step.kind == "decode":
-        token_ids = [s.last_token for s in step.sequences]
-        positions = [s.num_computed for s in step.sequences]
-        return Batch("decode", torch.tensor(token_ids), torch.tensor(positions), views, "last")
-    sequence = step.sequences[0]
-    start, end = sequence.num_computed, sequence.num_computed + step.length
-    token_ids = list(sequence.request.prompt_ids[start:end])
-    return Batch(step.kind, torch.tensor(token_ids), torch.arange(start, end), views, _prompt_logits(step))
+class _Room:
+    """The rows that a step still has for prompts."""
+
+    def __init__(self, max_rows: int) -> None:
+        self.chunks: list[PromptChunk] = []
+        self._rows, self._score_rows = max_rows, SCORE_ROWS
+        self._claimed: set[bytes] = set()
+
+    def take(self, ahead: deque[tuple[PromptChunk, bytes | None]], at_most: int | None = None) -> None:
+        """Takes chunks from the left of `ahead` while they fit, one at least if the room is empty."""
+        while ahead and at_most != 0:
+            chunk, key = ahead[0]
+            if key in self._claimed or not self._fits(chunk):
+                return
+            self.chunks.append(chunk)
+            ahead.popleft()
+            if key is not None:
+                self._claimed.add(key)
+            self._rows -= chunk.length
+            self._score_rows -= chunk.length if chunk.sequence.scored else 0
+            at_most = None if at_most is None else at_most - 1
+
+    def _fits(self, chunk: PromptChunk) -> bool:
+        if chunk.sequence.scored and chunk.length > self._score_rows:
+            return False
+        return chunk.length <= self._rows or not self.chunks
 
 
-def _view(sequence: Sequence, length: int) -> SequenceView:
+def make_batches(step: Step) -> list[Batch]:
+    """The step as the model wants it: a batch for each chunk, then one for those who decode."""
+    return [*map(_chunk_batch, step.chunks), *_decode_batches(step.decoding)]
+
+
+def _chunk_batch(chunk: PromptChunk) -> Batch:
+    sequence = chunk.sequence
+    token_ids = torch.tensor(sequence.request.prompt_ids[chunk.start : chunk.stop])
+    positions = torch.arange(chunk.start, chunk.stop)
+    views = (_view(sequence, chunk.start, chunk.length),)
+    return Batch("score" if sequence.scored else "prefill", token_ids, positions, views, _prompt_logits(chunk))
+
+
+def _decode_batches(sequences: tuple[Sequence, ...]) -> Iterator[Batch]:
+    """One batch, or none."""
+    if sequences:
+        token_ids = torch.tensor([s.last_token for s in sequences])
+        positions = torch.tensor([s.num_computed for s in sequences])
+        views = tuple(_view(s, s.num_computed, 1) for s in sequences)
+        yield Batch("decode", token_ids, positions, views, "last")
+
+
+def _view(sequence: Sequence, start: int, length: int) -> SequenceView:
     if sequence.blocks is None:
         raise RuntimeError(f"{sequence.request.request_id} has no blocks: it was not admitted")
-    return SequenceView(sequence.blocks, sequence.num_computed, length)
+    return SequenceView(sequence.blocks, start, length)
 
 
-def _prompt_logits(step: Step) -> LogitsKind:
+def _prompt_logits(chunk: PromptChunk) -> LogitsKind:
     """All when scoring; else the last row's, and only at the end of a prompt that is to be continued."""
-    sequence = step.sequences[0]
-    if step.kind == "score":
+    if chunk.sequence.scored:
         return "all"
-    ends = sequence.num_computed + step.length == sequence.num_prompt
-    return "last" if ends and sequence.request.params.max_tokens > 0 else "none"
+    ends = chunk.stop == chunk.sequence.num_prompt
+    return "last" if ends and chunk.sequence.request.params.max_tokens > 0 else "none"

@@ -92,14 +92,24 @@ class Answer:
 
     def _cost(self) -> Json:
         completion = sum(choice.num_tokens for choice in self.choices)
+        accounts = [choice.account for choice in self.choices if choice.account is not None]
         usage = {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.num_prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }
-        accounts = [choice.account for choice in self.choices if choice.account is not None]
         return {"usage": usage, "coldstream": {**account_json(accounts), "ignored_fields": self._ignored}}
+
+    def _cached_tokens(self) -> int:
+        """Of the prompts' tokens, those found in the prefix cache. Choices of one prompt share what the first computes,
+        so that the least of them says what was there before."""
+        found: dict[int, int] = {}
+        for choice in self.choices:
+            if choice.account is not None:
+                own, prompt = choice.account.cached_tokens, id(choice.prompt)
+                found[prompt] = min(own, found.get(prompt, own))
+        return sum(found.values())
 
     def _token_text(self, token_id: int) -> str:
         """The token as text; bytes that are no text on their own are spelt out, as OpenAI's completions do."""

@@ -116,6 +116,15 @@ FfnCacheOpt = Annotated[
 ]
 MaxModelLen = Annotated[int | None, _option("--max-model-len", "Longest context, in tokens", panel=_RUN)]
 MaxNumSeqs = Annotated[int | None, _option("--max-num-seqs", "Requests that run at once", panel=_RUN)]
+PrefixCacheOpt = Annotated[
+    bool | None,
+    _option(
+        "--prefix-cache/--no-prefix-cache",
+        "Keep the KV of prompts for others that begin alike",
+        field="prefix_cache",
+        panel=_RUN,
+    ),
+]
 AsJson = Annotated[
     bool | None, _option("--json", "The last line of standard output is one JSON object", field="as_json")
 ]
@@ -183,6 +192,7 @@ def serve(
     ffn_cache: FfnCacheOpt = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
+    prefix_cache: PrefixCacheOpt = None,
     api_key: Annotated[
         list[str] | None,
         _option("--api-key", "Key that requests must carry; may be repeated, or several with commas", panel=_HTTP),

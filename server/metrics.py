@@ -87,6 +87,9 @@ def _requests(snapshot: EngineSnapshot) -> Iterator[Metric]:
     yield _counter(
         "request_success", "Requests that were answered to their end.", _one(snapshot.success), ("finish_reason",)
     )
+    looked_up, hit = snapshot.prefix_cache_lookup_tokens, snapshot.prefix_cache_hit_tokens
+    yield _counter("prefix_cache_lookups_tokens", "Tokens of prompts that were looked for.", _single(looked_up))
+    yield _counter("prefix_cache_hits_tokens", "Of those, what others had computed already.", _single(hit))
     yield _gauge("num_requests_running", "Requests that are being computed.", _single(snapshot.num_requests_running))
     yield _gauge("num_requests_waiting", "Requests in the queue.", _single(snapshot.num_requests_waiting))
     yield _counter("prompt_tokens", "Tokens of prompts that were read.", _single(snapshot.prompt_tokens))
@@ -112,6 +115,8 @@ def _model(snapshot: EngineSnapshot) -> Iterator[Metric]:
     yield _counter("overflow", "Layers computed densely as too many neurons were active.", _single(snapshot.overflow))
     yield from _audit(snapshot.audit)
     yield _gauge("kv_used_bytes", "KV cache that running requests hold.", _single(snapshot.kv_used_bytes))
+    idle = snapshot.prefix_cache_idle_bytes
+    yield _gauge("prefix_cache_idle_bytes", "KV cache kept for prompts that may come again.", _single(idle))
 
 
 def _audit(audit: AuditSnapshot) -> Iterator[Metric]:

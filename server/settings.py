@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     ffn_cache: Share | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 4
+    prefix_cache: bool = True
     # serve
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -191,6 +192,7 @@ def load_options(settings: Settings) -> LoadOptions:
         max_num_seqs=settings.max_num_seqs,
         max_queue=settings.max_queue,
         max_wait_s=settings.max_wait,
+        prefix_cache=settings.prefix_cache,
         audit_rate=settings.audit_rate,
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from runtime.batch import Batch, BatchKind, LogitsKind, SequenceView
 from runtime.load import Loaded, LoadOptions, load, prepare
 from runtime.plan import FfnCache
+from runtime.request import FinishReason, Request, SamplingParams, TokenEvent
 
 MODES = ("dense", "sparse")
 
@@ -96,3 +99,77 @@ def test_one_pass_reads_the_ffn_once(loaded: Loaded) -> None:
         return (loaded.cache.snapshot() - before).transfers["disk", "cpu"].bytes
 
     assert read(batches) == read(batches[:1]) > 0
+
+
+# -- requests of an engine ------------------------------------------------------------------------------------------
+
+SYSTEM = tuple(random_ids(150, 100))  # what many prompts begin with: two chunks and a bit
+
+
+def prompts() -> list[Request]:
+    """Sixteen seeded requests, half of them with the same beginning; greedy, sampled, penalised, scored."""
+    out = []
+    for i in range(16):
+        own = tuple(random_ids(1 + 13 * (i % 7), i))
+        params = SamplingParams(
+            max_tokens=8 + i % 5,
+            temperature=float(i % 3) / 2,
+            seed=i,
+            ignore_eos=True,
+            frequency_penalty=0.3 * (i % 2),
+            num_logprobs=1,
+            prompt_logprobs=0 if i % 8 == 5 else None,
+        )
+        out.append(Request(f"r{i}", SYSTEM + own if i % 2 else own, params))
+    return out
+
+
+def events_of(queue: Queue[TokenEvent]) -> list[TokenEvent]:
+    events = [queue.get(timeout=60)]
+    while events[-1].finish_reason is None:
+        events.append(queue.get(timeout=60))
+    assert events[-1].finish_reason is FinishReason.LENGTH, events[-1].error
+    return events
+
+
+def answer(events: list[TokenEvent]) -> list[object]:
+    """Tokens and log-probabilities, to the last bit."""
+    scored = [e.prompt_logprobs for e in events if e.prompt_logprobs is not None]
+    return [*((e.token_id, e.logprob) for e in events if e.token_id is not None), scored]
+
+
+def ask(loaded: Loaded, requests: list[Request]) -> list[list[TokenEvent]]:
+    """Submits all at once; their events in the order of `requests`."""
+    queues: list[Queue[TokenEvent]] = [Queue() for _ in requests]
+    for request, queue in zip(requests, queues, strict=True):
+        loaded.engine.submit(request, queue.put)
+    return [events_of(queue) for queue in queues]
+
+
+def serve(packed: Path, mode: str, **options: Any) -> Loaded:
+    cache = FfnCache.parse("20%")
+    model = load(str(packed), LoadOptions(mode=mode, dtype="fp32", ffn_cache=cache, **options), quiet)
+    model.engine.start()
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sixteen_at_once_in_any_order_give_what_each_gives_alone(mode: str, packed: Path) -> None:
+    alone_model = serve(packed, mode, max_num_seqs=1, prefix_cache=False)
+    alone = {r.request_id: answer(ask(alone_model, [r])[0]) for r in prompts()}
+    alone_model.engine.shutdown(0)
+    alone_model.close()
+    loaded = serve(packed, mode, max_num_seqs=16)
+    found = []
+    for seed in (1, 2):
+        requests = prompts()
+        random.Random(seed).shuffle(requests)
+        events = ask(loaded, requests)
+        assert {r.request_id: answer(e) for r, e in zip(requests, events, strict=True)} == alone
+        accounts = [e[-1].account for e in events]
+        found.append(sum(a.cached_tokens for a in accounts if a is not None))
+    snapshot = loaded.engine.snapshot()
+    loaded.engine.shutdown(0)
+    loaded.close()
+    assert found[1] > found[0] > 0 and snapshot.prefix_cache_hit_tokens == sum(found)
+    assert snapshot.kv_used_bytes == 0

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from queue import Queue
 from typing import Any
 
@@ -71,6 +70,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.config = CONFIG
         self.batches: list[Batch] = []
+        self.steps: list[list[Batch]] = []
         self.layers_run = 0
         self.gates: list[Gate] = []
         self.fault: Callable[[Batch], Exception | None] = lambda batch: None
@@ -85,29 +85,34 @@ class FakeModel:
     def cache_snapshot(self) -> CacheSnapshot:
         return CacheSnapshot({"cpu": self.tier}, {("disk", "cpu"): self.reads})
 
-    def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
-        self.batches.append(batch)
-        slots = kv.slots(batch)
+    def forward_together(
+        self, batches: list[Batch], kv: KVCache, check: Callable[[], None]
+    ) -> list[torch.Tensor | None]:
+        self.batches += batches
+        self.steps.append(batches)
         for layer in range(NUM_LAYERS):
-            self._pause(batch, layer)
+            for batch in batches:
+                self._pause(batch, layer)
             check()
             self.layers_run += 1
-            rows = batch.token_ids.float()[:, None, None].expand(-1, 1, 2)
-            kv.write(layer, slots, rows, rows + layer)
-            self._read(batch)
-        error = self.fault(batch)
-        if error is not None:
-            raise error
-        return self._logits(batch, kv)
+            for batch in batches:
+                rows = batch.token_ids.float()[:, None, None].expand(-1, 1, 2)
+                kv.write(layer, kv.slots(batch), rows, rows + layer)
+            self._read(sum(len(batch.token_ids) for batch in batches))
+        for batch in batches:
+            error = self.fault(batch)
+            if error is not None:
+                raise error
+        return [self._logits(batch, kv) for batch in batches]
 
     def _pause(self, batch: Batch, layer: int) -> None:
         for gate in self.gates:
             if gate.layer == layer and not gate.entered.is_set() and gate.when(batch):
                 gate.wait()
 
-    def _read(self, batch: Batch) -> None:
+    def _read(self, num_rows: int) -> None:
         r, t = self.reads, self.tier
-        self.reads = replace(r, bytes=r.bytes + 1000 + len(batch.token_ids), stall_seconds=r.stall_seconds + 0.25)
+        self.reads = replace(r, bytes=r.bytes + 1000 + num_rows, stall_seconds=r.stall_seconds + 0.25)
         self.tier = replace(t, lookups=t.lookups + 11, hits=t.hits + 4, misses=t.misses + 7)
 
     def _logits(self, batch: Batch, kv: KVCache) -> torch.Tensor | None:
@@ -170,7 +175,8 @@ class Bench:
     """A model and an engine around it."""
 
     def __init__(self, **limits: Any) -> None:
-        config = {"max_model_len": 256, "max_num_seqs": 4, "kv_blocks": 64, "prefill_chunk": 8, **limits}
+        config = {"max_model_len": 256, "max_num_seqs": 4, "kv_blocks": 64, "prefill_chunk": 8, "prefill_rows": 8}
+        config |= limits
         self.model = FakeModel()
         kv = KVCache(CONFIG, config["kv_blocks"], BLOCK)
         memory = MemoryLevels({"cpu": 100}, {("cpu", "kv"): 40})
@@ -356,20 +362,169 @@ def test_no_tokens_asked_is_a_success_without_tokens(make: Make) -> None:
     assert snapshot.success == {"stop": 0, "length": 1} and snapshot.generation_tokens == 0
 
 
-def test_decoding_is_not_starved_by_a_long_prompt(make: Make) -> None:
+def test_decoding_goes_on_beside_a_long_prompt(make: Make) -> None:
     bench = make()
     gate = bench.stop_at(when=decodes(1))
     decoding = bench.client("a", max_tokens=60)
     assert gate.entered.wait(WAIT_S)
-    start = len(bench.model.batches)  # the step at the gate is a decode step
+    start = len(bench.model.steps)  # the step at the gate is a decode step
     long = bench.client("b", (4,) * 80, max_tokens=1)  # ten chunks
     gate.opened.set()
     long.end()
-    kinds = bench.kinds()[start:]
-    chunks = [i for i, kind in enumerate(kinds) if kind == "prefill"]
-    assert len(chunks) == 10
-    assert {b - a for a, b in pairwise(chunks)} == {2}  # a decode step between any two
+    kinds = [[b.kind for b in step] for step in bench.model.steps[start:]]
+    assert kinds[:10] == [["prefill", "decode"]] * 10
     decoding.end()
+    assert decoding.tokens == bench.model.greedy((5, 6, 7), 60)
+
+
+def test_prompts_share_a_step_and_none_waits_for_a_long_one(make: Make) -> None:
+    """A chunk of each prompt first; what is left of the rows goes to the oldest."""
+    bench = make(prefill_rows=32, max_num_seqs=3)
+    gate = bench.stop_at()
+    first = bench.client("0", (9,), max_tokens=1)  # so that the others arrive together
+    assert gate.entered.wait(WAIT_S)
+    long = bench.client("a", tuple(range(3, 63)), max_tokens=2)  # eight chunks, the last of four tokens
+    short = [bench.client(str(i), tuple(range(i, i + 6)), max_tokens=2) for i in (7, 8)]
+    gate.opened.set()
+    for client in (first, long, *short):
+        client.end()
+        assert client.tokens == bench.model.greedy(client.request.prompt_ids, len(client.tokens))
+    steps = [[(b.kind, len(b.token_ids)) for b in step] for step in bench.model.steps[1:]]
+    assert steps[0] == [("prefill", 8), ("prefill", 6), ("prefill", 6), ("prefill", 8)]  # the last: the long one again
+    assert steps[1] == [("prefill", 8)] * 4 + [("decode", 2)]
+    assert steps[2] == [("prefill", 8), ("prefill", 4)] and steps[3] == [("decode", 1)]
+
+
+def test_prompts_take_turns_when_there_is_room_for_one_chunk(make: Make) -> None:
+    bench = make(prefill_rows=8)
+    gate = bench.stop_at()
+    clients = [bench.client(n, (i,) * 24, max_tokens=1) for i, n in enumerate("abc", start=5)]
+    gate.opened.set()
+    for client in clients:
+        client.end()
+    assert [int(b.token_ids[0]) for b in bench.model.batches] == [5, 6, 7] * 3
+
+
+def test_scored_rows_of_a_step_are_bounded(make: Make) -> None:
+    bench = make(prefill_rows=500, kv_blocks=256, max_num_seqs=8)
+    gate = bench.stop_at()
+    first = bench.client("0", (9,), max_tokens=1)
+    assert gate.entered.wait(WAIT_S)
+    clients = [bench.client(str(i), (3 + i,) * 60, max_tokens=0, prompt_logprobs=0) for i in range(1, 6)]
+    gate.opened.set()
+    for client in (first, *clients):
+        assert client.end().finish_reason is FinishReason.LENGTH
+    assert [sum(len(b.token_ids) for b in step) for step in bench.model.steps] == [1, 120, 120, 60]
+
+
+# -- prompts that begin alike ----------------------------------------------------------------------------------------
+
+
+def prefilled(bench: Bench) -> int:
+    return sum(len(b.token_ids) for b in bench.model.batches if b.kind == "prefill")
+
+
+def cached(client: Client) -> int:
+    account = client.end().account
+    assert account is not None
+    return account.cached_tokens
+
+
+def test_a_prompt_that_begins_like_another_is_computed_from_where_they_part(make: Make) -> None:
+    bench = make()
+    common = tuple(range(3, 23))  # two chunks and a half
+    first = bench.client("a", (*common, 30), max_tokens=5)
+    assert cached(first) == 0
+    second = bench.client("b", (*common, 31, 32), max_tokens=5)
+    assert cached(second) == 16 and prefilled(bench) == 21 + 6
+    assert first.tokens == bench.model.greedy((*common, 30), 5)
+    assert second.tokens == bench.model.greedy((*common, 31, 32), 5)
+    snapshot = bench.engine.snapshot()
+    assert (snapshot.prefix_cache_lookup_tokens, snapshot.prefix_cache_hit_tokens) == (43, 16)
+    assert snapshot.prompt_tokens == 43
+    block_bytes = BLOCK * 2 * NUM_LAYERS * 2 * 4
+    assert (snapshot.kv_used_bytes, snapshot.prefix_cache_idle_bytes) == (0, 4 * block_bytes)
+
+
+def test_the_last_token_is_always_computed(make: Make) -> None:
+    bench = make()
+    prompt = tuple(range(3, 19))  # two whole chunks
+    for name, found in (("a", 0), ("b", 8)):
+        client = bench.client(name, prompt, max_tokens=3)
+        assert cached(client) == found and client.tokens == bench.model.greedy(prompt, 3)
+
+
+def test_prompts_that_come_together_are_computed_once(make: Make) -> None:
+    bench = make(prefill_rows=64)
+    gate = bench.stop_at()
+    prompt = tuple(range(3, 30))
+    clients = [bench.client(str(i), (*prompt, i), max_tokens=4) for i in range(5, 9)]
+    gate.opened.set()
+    assert sum(cached(c) for c in clients) == 3 * 24 and prefilled(bench) == 24 + 4 * 4
+    for client in clients:
+        assert client.tokens == bench.model.greedy(client.request.prompt_ids, 4)
+
+
+def test_what_was_decoded_or_scored_is_not_shared(make: Make) -> None:
+    bench = make()
+    prompt = tuple(range(3, 12))
+    first = bench.client("a", prompt, max_tokens=20)
+    first.end()
+    turn = bench.client("b", (*prompt, *first.tokens, 5), max_tokens=1)
+    assert cached(turn) == 8  # of the prompt only, though the answer's KV was there
+    scored = bench.client("c", (6,) * 20, max_tokens=0, prompt_logprobs=0)
+    assert cached(scored) == 0
+    assert cached(bench.client("d", (6,) * 20, max_tokens=1)) == 0
+    assert cached(bench.client("e", (6,) * 20, max_tokens=0, prompt_logprobs=0)) == 0
+    assert bench.engine.snapshot().prefix_cache_lookup_tokens == 9 + 30 + 20
+
+
+def test_what_is_kept_gives_way_to_requests(make: Make) -> None:
+    """KV that is only kept never makes a request wait; the prompt used last stays longest."""
+    bench = make(kv_blocks=10)  # 40 tokens
+    one, two = tuple(range(3, 12)), tuple(range(13, 22))
+    for name, prompt in (("a", one), ("b", two), ("c", one)):  # 3 blocks each, 2 of them kept
+        bench.client(name, prompt, max_tokens=1).end()
+    large = bench.client("d", (2,) * 4, max_tokens=28)  # 8 blocks: one chunk has to go
+    assert large.end().finish_reason is FinishReason.LENGTH
+    assert cached(bench.client("e", one, max_tokens=1)) == 8
+    assert cached(bench.client("f", two, max_tokens=1)) == 0
+    whole = bench.client("g", (2,) * 12, max_tokens=28)
+    assert whole.end().finish_reason is FinishReason.LENGTH and whole.tokens == bench.model.greedy((2,) * 12, 28)
+
+
+def test_blocks_that_are_shared_are_not_needed_twice(make: Make) -> None:
+    bench = make(kv_blocks=10)
+    gate = bench.stop_at(when=decodes(1))
+    prompt = tuple(range(3, 20))
+    first = bench.client("a", prompt, max_tokens=7)  # 6 blocks
+    assert gate.entered.wait(WAIT_S)
+    second = bench.client("b", prompt, max_tokens=7)  # 6 blocks, 4 of them shared
+    gate.opened.set()
+    assert cached(second) == 16 and first.end().finish_reason is FinishReason.LENGTH
+    assert first.tokens == second.tokens == bench.model.greedy(prompt, 7)
+    assert max(len(b.sequences) for b in bench.model.batches) == 2
+
+
+def test_a_prompt_that_was_cut_leaves_what_it_had_computed(make: Make) -> None:
+    bench = make()
+    prompt = tuple(range(3, 43))
+    gate = bench.stop_at(when=lambda batch: int(batch.positions[0]) == 16)
+    client = bench.client("a", prompt, max_tokens=5)
+    assert gate.entered.wait(WAIT_S)
+    bench.engine.abort("a")
+    gate.opened.set()
+    assert client.end().finish_reason is FinishReason.ABORT
+    again = bench.client("b", prompt, max_tokens=5)
+    assert cached(again) == 16 and again.tokens == bench.model.greedy(prompt, 5)
+
+
+def test_without_a_prefix_cache_nothing_is_shared(make: Make) -> None:
+    bench = make(prefix_cache=False)
+    for name in "ab":
+        assert cached(bench.client(name, (4,) * 30, max_tokens=2)) == 0
+    snapshot = bench.engine.snapshot()
+    assert prefilled(bench) == 60 and snapshot.prefix_cache_idle_bytes == snapshot.prefix_cache_lookup_tokens == 0
 
 
 # -- admission -------------------------------------------------------------------------------------------------------
@@ -579,13 +734,22 @@ def test_a_read_error_fails_the_requests_of_that_step_only(make: Make) -> None:
     assert bench.engine.snapshot().failure["read_error"] == 1
 
 
-def test_a_decode_step_that_fails_fails_all_its_requests(make: Make) -> None:
+def test_a_step_that_fails_fails_only_the_requests_that_fail_alone(make: Make) -> None:
     bench = make()
+    bad = bench.model.greedy((5, 6, 7), 3)[-1]  # a token that only the first of them decodes
+    assert bad not in bench.model.greedy((5, 6, 8), 30)
     bench.model.fault = lambda batch: (
-        ReadError("model.bin", 0, 1, "gone") if batch.kind == "decode" and len(batch.sequences) == 2 else None
+        ReadError("model.bin", 0, 1, "gone") if batch.kind == "decode" and bad in batch.token_ids.tolist() else None
     )
     gate = bench.stop_at()
-    clients = [bench.client(n, max_tokens=100) for n in "ab"]
+    clients = [bench.client(str(i), (5, 6, i), max_tokens=30) for i in (7, 8)]
+    gate.opened.set()
+    assert [c.end().finish_reason for c in clients] == [FinishReason.ERROR, FinishReason.LENGTH]
+    assert clients[1].tokens == bench.model.greedy((5, 6, 8), 30)
+    assert any(len(b.sequences) == 2 for b in bench.model.batches)
+    bench.model.fault = lambda batch: ReadError("model.bin", 0, 1, "gone")
+    gate = bench.stop_at()
+    clients = [bench.client(n) for n in "ab"]
     gate.opened.set()
     assert [c.end().finish_reason for c in clients] == [FinishReason.ERROR] * 2
     bench.model.fault = lambda batch: None
