@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from cache.bundle import BundleDtype, BundleLayout, pack_records, unpack_vector
 from cache.errors import UnsupportedError
 from runtime.kernels import NAMES, Kernels, select
 from runtime.kernels.sketch import Sketch, dequantise_rows, make_sketch, quantise_rows
+from runtime.sketches import PlaneMatrix, PlaneSketch, padded_bytes
 
 CANARY = np.float32(-12345.5)
 NATIVE = tuple(name for name in NAMES if name != "reference")
@@ -207,6 +208,9 @@ def test_nothing_beyond_the_arrays_is_touched(native: Kernels, hidden: int) -> N
     assert sketch.gate_codes is not None
     sketch = replace(sketch, gate_codes=at_page_end(sketch.gate_codes), up_codes=at_page_end(sketch.up_codes))
     native.sketch_scores(x, sketch, "silu", at_page_end(np.zeros((3, 5), np.float32)))
+    for gated in (True, False):
+        planes = random_planes(5, hidden, gated, "relu2", guard=at_page_end)
+        native.plane_scores(x, planes, at_page_end(np.zeros((3, 5), np.float32)))
     for weight in (np.ones((5, hidden), np.float32), np.ones((5, hidden), np.uint16)):
         native.linear(x, at_page_end(weight), at_page_end(np.zeros((3, 5), np.float32)))
         kv = at_page_end(weight[:4].reshape(1, 4, 1, hidden))
@@ -275,16 +279,18 @@ def test_threads_change_no_bit(name: str) -> None:
     x = layer.x(5)
     mask = layer.rng.random((5, 300)) < 0.5
     sketch = make_sketch(layer.weights["gate"], layer.weights["up"], layer.weights["down"])
+    planes = random_planes(300, 200, True, "silu")
     keys = layer.rng.normal(0, 1, (2, 40, 16, 3, 24)).astype(np.float32)
     table = np.arange(40, dtype=np.int32)[::-1].copy()
     results = []
     for threads in (1, 2, 3, 7):
         kernels.set_num_threads(threads)
         assert kernels.num_threads == threads
-        ffn, scores = np.zeros((5, 200), np.float32), np.zeros((5, 300), np.float32)
+        ffn, scores = np.zeros((5, 200), np.float32), np.zeros((2, 5, 300), np.float32)
         linear, attention = np.zeros((5, 6000), np.float32), np.zeros((9, 24), np.float32)
         kernels.ffn(x, layer.arena, layer.offsets, mask, layer.layout, "silu", ffn)
-        kernels.sketch_scores(x, sketch, "silu", scores)
+        kernels.sketch_scores(x, sketch, "silu", scores[0])
+        kernels.plane_scores(x, planes, scores[1])
         kernels.linear(x, np.resize(layer.weights["up"].astype(np.float32), (6000, 200)), linear)
         kernels.paged_attention(np.resize(x, (9, 24)), keys[0], keys[1], table, 601, attention, 0.2)
         results.append((ffn, scores, linear, attention))
@@ -436,6 +442,116 @@ def test_sketch_checks_its_shapes() -> None:
         Sketch(None, None, sketch.up_codes, sketch.up_scale, sketch.down_norm, 12)
     with pytest.raises(ValueError, match="norm"):
         Sketch(None, None, sketch.up_codes, sketch.up_scale, sketch.down_norm[:2], 10)
+
+
+# ---- planes ----------------------------------------------------------------------------------------------------------
+
+Guard = Callable[[np.ndarray], np.ndarray]
+
+
+def random_planes(num: int, hidden: int, gated: bool, act: str, seed: int = 0, guard: Guard = np.copy) -> PlaneSketch:
+    """Any bits are codes: a sketch of nothing in particular, dimensions of 0 to 6 bits, noise as large as a row."""
+    rng = np.random.default_rng(seed)
+
+    def matrix() -> PlaneMatrix:
+        bits = rng.integers(0, 7, hidden).astype(np.uint8)
+        planes = rng.random((num, int(bits.sum()))) < 0.5
+        codes = np.zeros((num, padded_bytes(planes.shape[1])), np.uint8)
+        codes[:, : (planes.shape[1] + 7) // 8] = np.packbits(planes, axis=1, bitorder="little")
+        step, scale = rng.uniform(0.1, 2, hidden).astype(np.float16), rng.uniform(0.1, 1, num).astype(np.float16)
+        bias = rng.normal(0, 1, num).astype(np.float16)
+        parts = (guard(a) for a in (bits, step, codes, scale, bias))
+        return PlaneMatrix(*parts, unit=0.03, noise=hidden**0.5)
+
+    norms = guard(rng.uniform(0.5, 2, num).astype(np.float16))
+    return PlaneSketch(act, matrix() if gated else None, matrix(), num, None if gated else norms)
+
+
+def plane_rows(planes: PlaneMatrix, x: np.ndarray, largest_z: float | None) -> np.ndarray:
+    """directions . x + bias, float64 [B, K], from the definition; z rounded to units of its largest over largest_z."""
+    dimension, coefficient = planes.planes()
+    signs = np.unpackbits(planes.codes, axis=1, count=dimension.size, bitorder="little") * 2.0 - 1
+    z = x[:, dimension].astype(np.float64) * coefficient
+    if largest_z is not None:
+        unit = np.maximum(np.abs(z).max(axis=1, keepdims=True, initial=0), 1e-30) / largest_z
+        z = np.rint(z / unit) * unit
+    return np.asarray(z @ signs.T + planes.bias)
+
+
+def plane_scores(sketch: PlaneSketch, x: np.ndarray, largest_z: float | None) -> np.ndarray:
+    inner = sketch.gate or sketch.up
+    centre, scale = plane_rows(inner, x, largest_z), inner.scale.astype(np.float64) * inner.unit
+    points = [activate(sketch.act, (centre + sd * inner.noise) * scale) ** 2 for sd in (-(3**0.5), 0, 3**0.5)]
+    expected = np.sqrt(points[0] / 6 + points[1] * 2 / 3 + points[2] / 6)
+    if sketch.gate is None:
+        return np.asarray(expected * sketch.down_norm)
+    up = sketch.up
+    return np.asarray(expected * np.hypot(plane_rows(up, x, largest_z), up.noise) * (up.scale * np.float64(up.unit)))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("act", ["silu", "relu", "relu2"])
+def test_plane_scores_equal_float64(kernels: Kernels, gated: bool, act: str) -> None:
+    largest_z = None if kernels.name == "reference" else 8160.0
+    for num, hidden, batch in ((1, 1, 1), (5, 7, 2), (33, 129, 4), (31, 10, 3), (70, 576, 5), (200, 64, 1), (0, 16, 2)):
+        sketch = random_planes(num, hidden, gated, act, seed=hidden)
+        x = np.random.default_rng(num).normal(0, 1, (batch, hidden)).astype(np.float32)
+        whole, out = guarded(batch, num)
+        kernels.plane_scores(x, sketch, out)
+        check_guards(whole)
+        if num:
+            assert relative_rmse(out, plane_scores(sketch, x, largest_z)) < 2e-5
+            assert relative_rmse(out, sketch.predict(x)) < 2e-3  # what rounding z may do
+
+
+def test_plane_scores_without_the_pinned(kernels: Kernels) -> None:
+    sketch = random_planes(50, 40, True, "relu2")
+    pinned = np.arange(50) % 3 == 0
+    x = np.random.default_rng(0).normal(0, 1, (2, 40)).astype(np.float32)
+    every, rest = np.zeros((2, 50), np.float32), np.zeros((2, 33), np.float32)
+    kernels.plane_scores(x, sketch, every)
+    kernels.plane_scores(x, sketch.without(pinned), rest)
+    np.testing.assert_allclose(rest, every[:, ~pinned], rtol=1e-5)
+
+
+def test_plane_row_depends_on_itself_only(native: Kernels) -> None:
+    for gated in (True, False):
+        sketch = random_planes(90, 200, gated, "relu2")
+        x = np.random.default_rng(1).normal(0, 1, (7, 200)).astype(np.float32)
+        x[3] *= -50
+        together = np.zeros((7, 90), np.float32)
+        native.plane_scores(x, sketch, together)
+        for b in range(7):
+            alone = np.zeros((1, 90), np.float32)
+            native.plane_scores(x[b : b + 1], sketch, alone)
+            assert np.array_equal(alone[0], together[b])
+
+
+def test_planes_of_nothing_and_of_what_is_not_finite(native: Kernels) -> None:
+    x = np.ones((4, 33), np.float32)
+    x[1], x[2, 32], x[3, 0] = 0, np.nan, np.inf
+    for gated in (True, False):
+        sketch = random_planes(40, 33, gated, "relu2", seed=1)
+        assert all(planes.bits[[0, 32]].all() for planes in (sketch.gate, sketch.up) if planes is not None)
+        out = np.zeros((4, 40), np.float32)
+        native.plane_scores(x, sketch, out)
+        assert np.isfinite(out[:2]).all() and np.isnan(out[2:]).all()
+        assert relative_rmse(out[1:2], sketch.predict(x[1:2])) < 1e-6  # bias and noise alone
+
+
+def test_planes_check_their_arrays(kernels: Kernels) -> None:
+    sketch = random_planes(6, 10, True, "relu2")
+    x, out = np.zeros((2, 10), np.float32), np.full((2, 6), CANARY)
+    for wrong_x, wrong_out in ((x[:, :9].copy(), out), (x, out[:, :5].copy()), (x, out[:1])):
+        with pytest.raises(ValueError):
+            kernels.plane_scores(wrong_x, sketch, wrong_out)
+    with pytest.raises(TypeError):
+        kernels.plane_scores(x.astype(np.float64), sketch, out)
+    with pytest.raises(TypeError):
+        kernels.plane_scores(x, sketch, out.astype(np.float64))
+    with pytest.raises(ValueError, match="gelu"):
+        kernels.plane_scores(x, PlaneSketch("gelu", sketch.gate, sketch.up, 6), out)
+    assert (out == CANARY).all()
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from cache.bundle import BundleLayout
 from cache.errors import UnsupportedError
 from runtime.kernels.reference import ReferenceKernels
 from runtime.kernels.sketch import Sketch
+from runtime.sketches import PlaneSketch
 
 NAMES = ("reference", "generic", "avx2", "avx512")
 
@@ -59,6 +60,14 @@ class Kernels(Protocol):
         """Predicted output magnitude: out[b, i] = |act(gate_i . x_b) * (up_i . x_b)| * down_norm_i on sketched weights.
 
         Non-gated: |act(up_i . x_b)| * down_norm_i. x float32 [B, D]; out float32 [B, F], overwritten.
+        """
+
+    def plane_scores(self, x: np.ndarray, sketch: PlaneSketch, out: np.ndarray) -> None:
+        """`PlaneSketch.predict` of the K neurons that the sketch covers: out float32 [B, K], overwritten.
+
+        x float32 [B, D]. The compiled kernels add 16-bit integers: what x times a plane's coefficient is, in units of
+        1/8160 of the row's largest. Their sums are exact, the rounding moves a score by less than a thousandth; a row
+        with a NaN or an infinity has NaN scores. Nothing is kept between calls; scratch: 2 bytes a plane and row of x.
         """
 
     def linear(self, x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:

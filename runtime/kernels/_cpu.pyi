@@ -1,5 +1,7 @@
 import numpy as np
 
+PlaneArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, float]
+
 def backends() -> list[str]: ...
 
 class CpuKernels:
@@ -32,6 +34,15 @@ class CpuKernels:
         up_codes: np.ndarray,
         up_scale: np.ndarray,
         down_norm: np.ndarray,
+        act: str,
+        out: np.ndarray,
+    ) -> None: ...
+    def plane_scores(
+        self,
+        x: np.ndarray,
+        gate: PlaneArrays | None,
+        up: PlaneArrays,
+        down_norm: np.ndarray | None,
         act: str,
         out: np.ndarray,
     ) -> None: ...

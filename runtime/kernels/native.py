@@ -10,6 +10,9 @@ import numpy as np
 from cache.bundle import BundleLayout
 from runtime.kernels._cpu import CpuKernels, backends
 from runtime.kernels.sketch import Sketch
+from runtime.sketches import PlaneMatrix, PlaneSketch
+
+PlaneArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, float]
 
 __all__ = ["NativeKernels", "backends"]
 
@@ -74,6 +77,10 @@ class NativeKernels:
             out,
         )
 
+    def plane_scores(self, x: np.ndarray, sketch: PlaneSketch, out: np.ndarray) -> None:
+        gate = None if sketch.gate is None else _planes(sketch.gate)
+        self._cpu.plane_scores(x, gate, _planes(sketch.up), sketch.down_norm, sketch.act, out)
+
     def linear(self, x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
         self._cpu.linear(x, weight, out)
 
@@ -88,3 +95,7 @@ class NativeKernels:
         scale: float,
     ) -> None:
         self._cpu.paged_attention(q, keys, values, block_table, num_tokens, out, scale)
+
+
+def _planes(m: PlaneMatrix) -> PlaneArrays:
+    return m.bits, m.step, m.codes, m.scale, m.bias, float(m.unit), float(m.noise)

@@ -10,6 +10,7 @@ import numpy as np
 
 from cache.bundle import BundleLayout, unpack_vector
 from runtime.kernels.sketch import Sketch, dequantise_rows
+from runtime.sketches import PlaneSketch
 
 _CHUNK = 256  # records, sketch rows or weight rows unpacked at a time
 
@@ -83,6 +84,17 @@ class ReferenceKernels:
                 product = _multiply(gate, up)
             out[:, part] = np.abs(product) * sketch.down_norm[part]
 
+    def plane_scores(self, x: np.ndarray, sketch: PlaneSketch, out: np.ndarray) -> None:
+        _check_dtypes((x, np.float32), (out, np.float32))
+        activate(sketch.act, x[:0])
+        num = sketch.up.codes.shape[0]
+        _check_shape("x", x, (x.shape[0], sketch.up.bits.shape[0]))
+        _check_shape("out", out, (x.shape[0], num))
+        for start in range(0, num, _CHUNK):
+            part = _plane_rows(sketch, np.arange(start, min(start + _CHUNK, num)))
+            for b in range(x.shape[0]):
+                out[b, start : start + _CHUNK] = part.predict(x[b : b + 1])[0]
+
     def linear(self, x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
         _check_dtypes((x, np.float32), (out, np.float32))
         _check_shape("weight", weight, (weight.shape[0], x.shape[1]))
@@ -152,6 +164,12 @@ def _multiply(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 def _sketched(x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     weights = dequantise_rows(codes, scale, x.shape[1])  # [C, D]
     return np.stack([weights @ row for row in x]) if x.shape[0] else np.empty((0, codes.shape[0]), np.float32)
+
+
+def _plane_rows(sketch: PlaneSketch, rows: np.ndarray) -> PlaneSketch:
+    gate = None if sketch.gate is None else sketch.gate.rows(rows)
+    norms = None if sketch.down_norm is None else sketch.down_norm[rows]
+    return PlaneSketch(sketch.act, gate, sketch.up.rows(rows), rows.shape[0], norms)
 
 
 def _as_float(a: np.ndarray) -> np.ndarray:

@@ -34,6 +34,10 @@ using Floats = Matrix<const float>;
 using Out = Matrix<float>;
 using AnyMatrix = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu, nb::ndim<2>>;
 using AnyPages = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu, nb::ndim<4>>;
+using AnyVector = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu, nb::ndim<1>>;
+// bits [D], step [D], codes [K, R], scale [K], bias [K], unit, noise
+using PlaneMatrix =
+    std::tuple<Vector<const uint8_t>, AnyVector, Matrix<const uint8_t>, AnyVector, AnyVector, double, double>;
 using Offsets = std::tuple<int64_t, int64_t>;  // of a vector and of its scale in the record
 
 void require(bool sound, const char* message) {
@@ -91,13 +95,39 @@ VectorAt vector_at(const Offsets& offsets, int64_t hidden, int64_t record_bytes,
   return at;
 }
 
+constexpr nb::dlpack::dtype kHalf{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+
 // Weights are told apart by their numpy dtype: bf16, which numpy does not have, travels as uint16.
 template <class A>
 Dtype weight_dtype(const A& a, const char* message) {
   if (a.dtype() == nb::dtype<float>()) return Dtype::fp32;
   if (a.dtype() == nb::dtype<uint16_t>()) return Dtype::bf16;
-  if (a.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}) return Dtype::fp16;
+  if (a.dtype() == kHalf) return Dtype::fp16;
   throw nb::type_error(message);
+}
+
+const uint8_t* halves(const AnyVector& a, int64_t count, const char* message) {
+  if (!(a.dtype() == kHalf)) throw nb::type_error(message);
+  require(dim(a, 0) == count, message);
+  return static_cast<const uint8_t*>(a.data());
+}
+
+Planes planes_of(const PlaneMatrix& m, int64_t hidden, int64_t num) {
+  const auto& [bits, step, codes, scale, bias, unit, noise] = m;
+  require(dim(bits, 0) == hidden, "bits must be [D]");
+  int64_t planes = 0;
+  for (int64_t j = 0; j < hidden; ++j) {
+    require(bits.data()[j] <= kMostBits, "a dimension has more than 15 bits");
+    planes += bits.data()[j];
+  }
+  require(planes <= kMostPlanes, "a row has more than 131072 planes");
+  require(dim(codes, 0) == num && dim(codes, 1) == (planes + 15) / 16 * 2, "codes must be [K, planes / 8 padded to 2]");
+  Planes p{};
+  p.bits = bits.data(), p.codes = codes.data(), p.row_bytes = dim(codes, 1), p.unit = static_cast<float>(unit), p.noise = static_cast<float>(noise);
+  p.step = halves(step, hidden, "step must be float16 [D]");
+  p.scale = halves(scale, num, "scale must be float16 [K]"), p.bias = halves(bias, num, "bias must be float16 [K]");
+  p.padded_planes = (planes + kPlanePad - 1) / kPlanePad * kPlanePad;
+  return p;
 }
 
 class CpuKernels {
@@ -163,6 +193,28 @@ class CpuKernels {
     const std::lock_guard<std::mutex> lock(mutex_);
     a.permuted = first_.get<float>(a.batch * a.ld);
     table_->sketch_scores(a, pool_->team());
+  }
+
+  void plane_scores(const Floats& x, const std::optional<PlaneMatrix>& gate, const PlaneMatrix& up,
+                    const std::optional<AnyVector>& down_norm, const std::string& act, const Out& out) {
+    PlaneArgs a{};
+    a.batch = dim(x, 0), a.hidden = dim(x, 1), a.num = dim(std::get<2>(up), 0), a.act = act_named(act);
+    require(gate.has_value() != down_norm.has_value(), "a sketch holds either a gate, or down_norm apart");
+    if (gate) a.gate = planes_of(*gate, a.hidden, a.num);
+    a.up = planes_of(up, a.hidden, a.num);
+    a.down_norm = down_norm ? halves(*down_norm, a.num, "down_norm must be float16 [K]") : nullptr;
+    require(dim(out, 0) == a.batch && dim(out, 1) == a.num, "out must be [B, K]");
+    a.out = out.data();
+    const nb::gil_scoped_release released;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    a.x = padded_rows(x.data(), a.batch, a.hidden), a.ld = padded(a.hidden);
+    int16_t* z = second_.get<int16_t>(a.batch * (a.gate.padded_planes + a.up.padded_planes));
+    float* z_scale = third_.get<float>(4 * a.batch);  // scales, then sums
+    for (Planes* p : {&a.gate, &a.up}) {
+      p->z = z, p->z_scale = z_scale, p->z_sum = reinterpret_cast<int32_t*>(z_scale + a.batch);
+      z += a.batch * p->padded_planes, z_scale += 2 * a.batch;
+    }
+    table_->plane_scores(a, pool_->team());
   }
 
   void linear(const Floats& x, const AnyMatrix& weight, const Out& out) {
@@ -247,6 +299,8 @@ NB_MODULE(_cpu, m) {
       .def("sketch_scores", &CpuKernels::sketch_scores, "x"_a.noconvert(), "gate_codes"_a.noconvert().none(),
            "gate_scale"_a.noconvert().none(), "up_codes"_a.noconvert(), "up_scale"_a.noconvert(),
            "down_norm"_a.noconvert(), "act"_a, "out"_a.noconvert())
+      .def("plane_scores", &CpuKernels::plane_scores, "x"_a.noconvert(), "gate"_a.noconvert().none(),
+           "up"_a.noconvert(), "down_norm"_a.noconvert().none(), "act"_a, "out"_a.noconvert())
       .def("linear", &CpuKernels::linear, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert())
       .def("paged_attention", &CpuKernels::paged_attention, "q"_a.noconvert(), "keys"_a.noconvert(),
            "values"_a.noconvert(), "block_table"_a.noconvert(), "num_tokens"_a, "out"_a.noconvert(), "scale"_a);

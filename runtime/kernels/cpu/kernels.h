@@ -12,6 +12,9 @@ enum class Dtype : int { fp32, bf16, fp16, int8 };
 enum class Act : int { silu, relu, relu2 };
 
 constexpr int64_t kPad = 128;             // elements: rows of x are zero-padded to a multiple of it
+constexpr int64_t kPlanePad = 128;        // planes: what one widening of the 16-bit sums takes at most
+constexpr int kMostBits = 15;             // of a dimension
+constexpr int64_t kMostPlanes = 1 << 17;  // a row of more could overflow its 32-bit sum
 constexpr int64_t kAttentionTokens = 256;  // tokens in one unit of attention work, fixed so that threads change nothing
 
 // Runs work(context, thread) once on each of num_threads threads; returns when all are done.
@@ -58,6 +61,31 @@ struct SketchArgs {
   float* out;  // [batch, num]
 };
 
+// One matrix of sign planes (runtime/sketches.py, PlaneMatrix) and what is made of it for the tokens at hand.
+struct Planes {
+  const uint8_t* bits;    // [hidden], planes of each dimension
+  const uint8_t* step;    // fp16 [hidden]
+  const uint8_t* codes;   // [num, row_bytes], a bit a plane; null: there is no such matrix
+  const uint8_t* scale;   // fp16 [num], times unit
+  const uint8_t* bias;    // fp16 [num]
+  int64_t row_bytes;
+  float unit, noise;
+  int64_t padded_planes;  // planes rounded up to kPlanePad
+  int16_t* z;             // scratch [batch, padded_planes]: x times coefficient in units of z_scale, zero-padded
+  int32_t* z_sum;         // scratch [batch]
+  float* z_scale;         // scratch [batch]
+};
+
+struct PlaneArgs {
+  const float* x;  // [batch, ld], zero-padded copy
+  int64_t ld;
+  int64_t batch, hidden, num;  // B, D, K
+  Planes gate, up;
+  const uint8_t* down_norm;  // fp16 [num], null when there is a gate
+  Act act;
+  float* out;  // [batch, num]
+};
+
 struct LinearArgs {
   const float* x;  // [batch, ld], zero-padded copy
   int64_t ld;
@@ -85,6 +113,7 @@ struct KernelTable {
   const char* name;
   void (*ffn)(const FfnArgs&, const Team&);
   void (*sketch_scores)(const SketchArgs&, const Team&);
+  void (*plane_scores)(const PlaneArgs&, const Team&);
   void (*linear)(const LinearArgs&, const Team&);
   void (*paged_attention)(const AttentionArgs&, const Team&);
 };

@@ -396,6 +396,8 @@ void sketch_scores(const SketchArgs& a, const Team& team) {
   team.run(team.self, sketch_range, &work);
 }
 
+#include "planes.h"
+
 // ---- dense layers for a few rows ------------------------------------------------------------------------------------
 
 struct LinearWork {

@@ -47,6 +47,31 @@ inline vf nibble(vi words) {  // nibble J of each 32-bit word, minus 8; the perm
   const vf table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * J), table);
 }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf root(vf a) { return _mm512_sqrt_ps(a); }
+inline vf where_negative(vf a, vf x, vf y) {  // x in the lanes where a < 0, else y
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_LT_OQ), y, x);
+}
+
+constexpr int kPlanes = 32;    // 16-bit integers in a vector, and planes in a mask
+constexpr int kPlaneRows = 2;  // rows of x that share one pass over codes: 4 x 2 pairs of accumulators
+using vs = __m512i;
+inline vs load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline vs where_set(const uint8_t* bits, vs z) {  // z in the lanes whose bit is set, else 0
+  __mmask32 mask;
+  __builtin_memcpy(&mask, bits, sizeof(mask));
+  return _mm512_maskz_mov_epi16(mask, z);
+}
+inline vs add_where_set(vs a, const uint8_t* bits, vs z) {
+  __mmask32 mask;
+  __builtin_memcpy(&mask, bits, sizeof(mask));
+  return _mm512_mask_add_epi16(a, mask, a, z);
+}
+inline vi no_words() { return _mm512_setzero_si512(); }
+inline vi add_widened(vi sum, vs a) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, _mm512_set1_epi16(1)));
+}
+inline int32_t sum_words(vi a) { return _mm512_reduce_add_epi32(a); }
 
 #elif defined(KERNELS_AVX2)
 
@@ -89,6 +114,32 @@ inline vf nibble(vi words) {  // the bits of 2^23 with n below are 2^23 + n as a
   const vi bits = _mm256_and_si256(_mm256_srli_epi32(words, 4 * J), _mm256_set1_epi32(15));
   const vf large = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x4B000000)));
   return _mm256_sub_ps(large, _mm256_set1_ps(8388616.0f));
+}
+inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf root(vf a) { return _mm256_sqrt_ps(a); }
+inline vf where_negative(vf a, vf x, vf y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_LT_OQ));
+}
+
+constexpr int kPlanes = 16;
+constexpr int kPlaneRows = 1;
+using vs = __m256i;
+inline vs load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline vs where_set(const uint8_t* bits, vs z) {
+  const vs each = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  int16_t word;
+  __builtin_memcpy(&word, bits, sizeof(word));
+  return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(word), each), each), z);
+}
+inline vs add_where_set(vs a, const uint8_t* bits, vs z) { return _mm256_add_epi16(a, where_set(bits, z)); }
+inline vi no_words() { return _mm256_setzero_si256(); }
+inline vi add_widened(vi sum, vs a) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, _mm256_set1_epi16(1)));
+}
+inline int32_t sum_words(vi a) {
+  const __m128i q = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i d = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(d, _mm_shuffle_epi32(d, 0xB1)));
 }
 
 #else  // any machine: the compiler's own vectors, four floats
@@ -142,6 +193,25 @@ template <int J>
 inline vf nibble(vu words) {
   return (vf)(((words >> (4 * J)) & 15u) | 0x4B000000u) - 8388616.0f;
 }
+inline vf div(vf a, vf b) { return a / b; }
+inline vf root(vf a) {
+  return vf{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
+inline vf where_negative(vf a, vf x, vf y) { return a < zero() ? x : y; }
+
+constexpr int kPlanes = 8;
+constexpr int kPlaneRows = 1;
+typedef int16_t vs __attribute__((vector_size(16)));
+inline vs load_shorts(const int16_t* p) { return load_any<vs>(p); }
+inline vs where_set(const uint8_t* bits, vs z) {
+  const vs each = {1, 2, 4, 8, 16, 32, 64, 128};
+  const int16_t byte = *bits;
+  return (vs)((vs{byte, byte, byte, byte, byte, byte, byte, byte} & each) == each) & z;
+}
+inline vs add_where_set(vs a, const uint8_t* bits, vs z) { return a + where_set(bits, z); }
+inline vi no_words() { return vi{0, 0, 0, 0}; }
+inline vi add_widened(vi sum, vs a) { return sum + (((vi)a << 16) >> 16) + ((vi)a >> 16); }
+inline int32_t sum_words(vi a) { return a[0] + a[1] + a[2] + a[3]; }
 
 #endif
 
@@ -205,4 +275,11 @@ inline vf exp_negative(vf a) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   return shift_exponent(add(fma(p, mul(r, r), r), set1(1.0f)), t);
+}
+
+inline vf absolute(vf a) { return max_keep_nan(sub(zero(), a), a); }
+
+inline vf silu(vf a) {
+  const vf e = exp_negative(sub(zero(), absolute(a)));
+  return div(mul(a, where_negative(a, e, set1(1.0f))), add(set1(1.0f), e));
 }
