@@ -1,4 +1,4 @@
-"""The command `coldstream`: prepare, plan, serve, bench, chat, perplexity.
+"""The command `coldstream` and its subcommands.
 
 Reads options, calls the runtime, shows the result. Knows flags, words for people and exit codes (0 done, 1 a
 ColdstreamError in one sentence, 2 a wrong option); what needs PyTorch is imported inside the commands, so that `--help`
@@ -339,6 +339,35 @@ def chat(
         run_chat(settings.url, client_key(settings))
     except UnreachableError as error:
         raise ColdstreamError(str(error)) from None
+
+
+@app.command()
+def load(
+    ctx: typer.Context,
+    url: Annotated[str | None, _option("--url", "Address of the server")] = None,
+    api_key: Annotated[str | None, _option("--api-key", "Key of the server")] = None,
+    requests: Annotated[int | None, _option("--requests", "Requests in all")] = None,
+    concurrency: Annotated[int | None, _option("--concurrency", "Requests under way at once")] = None,
+    prompt_tokens: Annotated[int | None, _option("--prompt-tokens", "Tokens of each prompt")] = None,
+    tokens: Annotated[int | None, _option("--tokens", "Tokens to generate for each; 64, unless given")] = None,
+    as_json: AsJson = None,
+) -> None:
+    """Put a server under load: tokens/s, time to the first token, time between tokens, bytes read."""
+    settings = read_settings(ctx.params)
+    from clients.chat import UnreachableError
+    from clients.load import DEFAULT_TOKENS, Plan, run_load, show
+
+    plan = Plan(settings.requests, settings.concurrency, settings.prompt_tokens, settings.tokens or DEFAULT_TOKENS)
+    try:
+        found = run_load(settings.url, client_key(settings), plan=plan)
+    except UnreachableError as error:
+        raise ColdstreamError(str(error)) from None
+    if settings.as_json:
+        typer.echo(json.dumps(found))
+    else:
+        show(found, Console(highlight=False))
+    if not found["succeeded"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     quick: bool = False
     # chat, top
     url: str = "http://127.0.0.1:8000"
+    # load
+    requests: Positive = 32
+    concurrency: Positive = 4
     interval: Annotated[float, Field(gt=0, le=3600)] = 2.0
     once: bool = False
 

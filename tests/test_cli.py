@@ -58,6 +58,7 @@ COMMANDS = {
     "perplexity": ["--cett", "--tokens", "--text", "--ffn-cache", "--memory", "--json"],
     "profile": ["--out", "--text", "--tokens", "--quick", "--json"],
     "chat": ["--url"],
+    "load": ["--url", "--api-key", "--requests", "--concurrency", "--prompt-tokens", "--tokens", "--json"],
     "top": ["--url", "--api-key", "--interval", "--once", "--json"],
 }
 
@@ -97,7 +98,14 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         },
         **{"as_json": "true", "url": "u", "quick": "1", "interval": "0.5", "once": "1"},
         **{"api_key_file": "f", "cors_origin": "https://a.b,http://c"},
-        **{"max_body": "1MiB", "max_queue": "0", "max_wait": "7", "log_format": "json"},
+        **{
+            "max_body": "1MiB",
+            "max_queue": "0",
+            "max_wait": "7",
+            "log_format": "json",
+            "requests": "9",
+            "concurrency": "2",
+        },
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():

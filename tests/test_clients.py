@@ -148,5 +148,7 @@ def test_run_chat_with_a_wrong_key_says_so() -> None:
 
 
 def test_clients_need_no_torch() -> None:
-    code = "import sys, clients, clients.chat; sys.exit('torch' in sys.modules or 'server' in sys.modules)"
+    code = (
+        "import sys, clients, clients.chat, clients.load; sys.exit('torch' in sys.modules or 'server' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
