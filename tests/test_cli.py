@@ -105,6 +105,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "log_format": "json",
             "requests": "9",
             "concurrency": "2",
+            "prefix_cache": "0",
         },
     }
     assert set(values) == set(Settings.model_fields)
