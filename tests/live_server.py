@@ -46,11 +46,18 @@ class _Uvicorn(uvicorn.Server):
 
 @contextmanager
 def live_server(
-    engine: FakeEngine | None = None, loaded: bool = True, max_model_len: int | None = None, **config: Any
+    engine: FakeEngine | None = None,
+    loaded: bool = True,
+    max_model_len: int | None = None,
+    model: LoadedModel | None = None,
+    **config: Any,
 ) -> Iterator[LiveServer]:
-    """A server for the time of the block; `config` goes into ServerConfig. Ends with no request alive."""
+    """A server for the time of the block; `config` goes into ServerConfig. Ends with no request alive.
+
+    `model` is served instead of the engine, where a test brings a real one.
+    """
     engine = engine or FakeEngine(byte_tokenizer())
-    model = LoadedModel(engine, engine.tokenizer, max_model_len or engine.max_model_len, INFO)
+    model = model or LoadedModel(engine, engine.tokenizer, max_model_len or engine.max_model_len, INFO)
     front = AsyncEngine(model if loaded else None)
     app = create_app(front, ServerConfig(**({"served_model_name": MODEL, "version": "1.2.3"} | config)))
     options = uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
