@@ -68,6 +68,9 @@ class ReadCost:
         return num_batches * self.batch_s + num_requests * self.request_s + num_bytes * self.byte_s
 
 
+DEFAULT_READ_COST = ReadCost(100e-6, 12e-6, 0.8e-9)  # of the NVMe disk of DESIGN.md 5, for files too small to tell
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceCurve:
     """Points of each way to read, by the reader's name for it (io_uring+direct, ...), and whose they are."""

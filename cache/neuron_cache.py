@@ -19,10 +19,10 @@ import numpy as np
 from cache.arena import new_arena
 from cache.budget import smallest_staging_bytes
 from cache.bundle import BundleLayout, checksum_weights
-from cache.device_curve import DEFAULT_MERGE_GAP_BYTES, DeviceCurve
+from cache.device_curve import DEFAULT_MERGE_GAP_BYTES, DEFAULT_READ_COST, DeviceCurve
 from cache.errors import ReadError
 from cache.policy import DecayedFrequency, choose_swaps
-from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, plan_reads
+from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, ReadVolume, plan_reads, volume
 from cache.records import copy_records, first_bad_record
 from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot, TransferSnapshot
 from cache.store import BundleFile
@@ -129,6 +129,7 @@ class NeuronCache:
         self._reader = Reader(file.path, self.arena, landing=landing, engine=io_engine, queue_depth=queue_depth)
         cost = None if curve is None else curve.cost(self._reader.info.engine)
         self.merge_gap_bytes = DEFAULT_MERGE_GAP_BYTES if cost is None else cost.merge_gap_bytes
+        self.read_cost = DEFAULT_READ_COST if cost is None else cost
 
     @property
     def reader_info(self) -> ReaderInfo:
@@ -177,6 +178,16 @@ class NeuronCache:
     def drop(self, lease: Lease) -> None:
         """Ends the lease of a step that failed; what was read is forgotten."""
         self._leases -= 1
+
+    def volumes(self, layer: int, ids: np.ndarray) -> tuple[ReadVolume, ReadVolume]:
+        """What `acquire` of `ids` would read now, and what `stream` would."""
+        absent = self._slot_of[layer] < 0
+        every = np.flatnonzero(absent)
+        return self._volume(layer, ids[absent[ids]]), self._volume(layer, every)
+
+    def _volume(self, layer: int, ids: np.ndarray) -> ReadVolume:
+        starts = self.file.starts(layer, ids)
+        return volume(starts, self.layout.record_bytes, self._reader.info.alignment, self.merge_gap_bytes)
 
     # -- dense: a whole layer, in order -----------------------------------------------------------------------------
 

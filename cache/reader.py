@@ -123,6 +123,25 @@ class Reader:
             raise ReadError(self._path, 0, 0, str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class ReadVolume:
+    """What some reads come to."""
+
+    num_requests: int
+    num_bytes: int
+
+
+def volume(starts: np.ndarray, record_bytes: int, alignment: int, merge_gap_bytes: int) -> ReadVolume:
+    """What `plan_reads` would read for these, give or take the edges; in a tenth of its time."""
+    if not starts.size:
+        return ReadVolume(0, 0)
+    gaps = np.diff(starts) - record_bytes
+    joined = gaps <= max(merge_gap_bytes, 0)
+    num_requests = starts.size - int(np.count_nonzero(joined))
+    num_bytes = starts.size * record_bytes + int(gaps[joined].sum()) + num_requests * alignment
+    return ReadVolume(num_requests, num_bytes)
+
+
 def plan_reads(
     starts: np.ndarray,
     record_bytes: int,

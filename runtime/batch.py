@@ -54,3 +54,4 @@ class ModelCounters(Subtractable):
     predicted_neurons: int = 0
     overflow: int = 0
     predicted_rows: int = 0  # (row, layer) pairs that a predictor was asked about
+    switched: int = 0  # layers of sparse steps that were streamed because that was quicker than reading the union

@@ -208,6 +208,7 @@ class Engine:
             active_neurons=model.active_neurons,
             predicted_neurons=model.predicted_neurons,
             overflow=model.overflow,
+            switched=model.switched,
             audit=AuditSnapshot() if self._auditor is None else self._auditor.snapshot(),
             kv_used_bytes=self._blocks.num_used * self.kv.block_bytes,
             prefix_cache_idle_bytes=self._blocks.num_idle * self.kv.block_bytes,

@@ -54,6 +54,7 @@ class EngineSnapshot(Subtractable):
     active_neurons: int
     predicted_neurons: int
     overflow: int
+    switched: int  # layers of sparse steps that were streamed because that was quicker
     audit: AuditSnapshot
     kv_used_bytes: int  # held by requests
     prefix_cache_idle_bytes: int  # kept in case that a prompt comes again, held by none

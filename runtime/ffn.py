@@ -20,7 +20,9 @@ from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
 from runtime.predictor import Predictor
+from runtime.read_cost import prefer_stream
 
+_FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -88,26 +90,28 @@ class OffloadedFFN:
         self._active_at = active_at
         self._auditor = auditor
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
-        self._active = self._predicted = self._rows = self._overflow = 0
+        self._active = self._predicted = self._rows = self._overflow = self._switched = 0
 
     def counters(self) -> ModelCounters:
         """Counted so far, layers of steps by kind included."""
-        return ModelCounters(dict(self._steps), self._active, self._predicted, self._overflow, self._rows)
+        return ModelCounters(
+            dict(self._steps), self._active, self._predicted, self._overflow, self._rows, self._switched
+        )
 
     def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]:
         """FFN(x) for each of xs, fp32 [N, D] each, computed as if it were alone. Raises ReadError.
 
-        What is prefilled, or has to be read whole for another reason, streams the layer; all others ride along.
+        A layer that somebody needs whole is streamed, and all ride along; else the union of the rows' sets is read
+        apart, unless streaming is quicker. Either way gives the same numbers.
         """
         if layer == 0:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
                 self._steps[kind] += 1
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
         if len(parts) == 1 and kinds[0] == "decode" and parts[0].mask is not None:
-            out = self._sparse(layer, parts[0].x, parts[0].mask)
-            if out is not None:
-                return [out]
-            self._overflow += 1
+            ids = np.flatnonzero(parts[0].mask.any(axis=0)).astype(np.int32)
+            if self._reads_apart(layer, ids) and self._sparse(layer, parts[0], ids):
+                return [parts[0].out]
         self._streamed(layer, parts)
         return [part.out for part in parts]
 
@@ -121,9 +125,8 @@ class OffloadedFFN:
         mask = self._predict(layer, x)
         if kind == "decode" and self._auditor is not None:
             self._auditor.offer(layer, x.numpy(), mask)
-        return _Part(
-            x, mask.copy() if in_company else mask, by_row, torch.zeros_like(x)
-        )  # the predictor reuses its own
+        own = mask.copy() if in_company else mask  # the predictor reuses its array
+        return _Part(x, own, by_row, torch.zeros_like(x))
 
     def _predict(self, layer: int, x: torch.Tensor) -> np.ndarray:
         if self._predictor is None:
@@ -133,17 +136,28 @@ class OffloadedFFN:
         self._rows += x.shape[0]
         return mask
 
-    def _sparse(self, layer: int, x: torch.Tensor, mask: np.ndarray) -> torch.Tensor | None:
-        """Reads the union and computes each row's own set; None when the misses do not fit staging."""
-        ids = np.flatnonzero(mask.any(axis=0)).astype(np.int32)
+    def _reads_apart(self, layer: int, ids: np.ndarray) -> bool:
+        """Whether reading the absent of `ids` record by record is quicker than the whole layer; counts where not."""
+        if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
+            return True
+        apart, whole = self._cache.volumes(layer, ids)
+        if not prefer_stream(apart, whole, self._cache.file.layer_bytes, self._cache.read_cost):
+            return True
+        self._switched += 1
+        return False
+
+    def _sparse(self, layer: int, part: _Part, ids: np.ndarray) -> bool:
+        """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
+        if part.mask is None:
+            raise RuntimeError("rows without a mask want all neurons")
         lease = self._cache.acquire(layer, ids)
         if lease is None:
-            return None
-        out = torch.zeros_like(x)
-        rows = None if x.shape[0] == 1 else np.ascontiguousarray(mask[:, ids])
+            self._overflow += 1
+            return False
+        rows = None if part.x.shape[0] == 1 else np.ascontiguousarray(part.mask[:, ids])
         with lease:
-            self._run(x, lease.offsets, rows, out, self._active_at_of(layer, ids))
-        return out
+            self._run(part.x, lease.offsets, rows, part.out, self._active_at_of(layer, ids))
+        return True
 
     def _active_at_of(self, layer: int, ids: np.ndarray | slice) -> np.ndarray | None:
         return None if self._active_at is None else self._active_at[layer, ids]

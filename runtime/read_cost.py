@@ -10,9 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from cache.bundle import BundleLayout
-from cache.reader import plan_reads
+from cache.device_curve import ReadCost
+from cache.reader import ReadVolume, plan_reads
 
+_HANDLING_BYTE_S = 0.2e-9  # seconds a byte that is checked or copied takes, however it came
 _STAGING = 1 << 62  # bytes: nothing is refused here
+
+
+def prefer_stream(apart: ReadVolume, whole: ReadVolume, layer_bytes: int, cost: ReadCost) -> bool:
+    """Whether streaming a layer and masking it is quicker than reading the misses of a union of active sets.
+
+    apart: reads of the misses; whole: reads of all that is absent. Streaming handles the bytes of the whole layer, the
+    resident ones too. Its computing hides behind its reads; how much cannot be told, so that it is left out.
+    """
+    apart_s = cost.seconds(apart.num_requests, apart.num_bytes) + apart.num_bytes * _HANDLING_BYTE_S
+    whole_s = cost.seconds(whole.num_requests, whole.num_bytes) + layer_bytes * _HANDLING_BYTE_S
+    return apart.num_requests > 0 and whole_s < apart_s
 
 
 def read_cost(

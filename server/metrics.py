@@ -113,6 +113,8 @@ def _model(snapshot: EngineSnapshot) -> Iterator[Metric]:
     yield _counter("active_neurons", "Neurons computed, over tokens and layers.", _single(snapshot.active_neurons))
     yield _counter("predicted_neurons", "Neurons the predictor named.", _single(snapshot.predicted_neurons))
     yield _counter("overflow", "Layers computed densely as too many neurons were active.", _single(snapshot.overflow))
+    switched = _single(snapshot.switched)
+    yield _counter("streamed_layers", "Layers of sparse steps that were read whole since that was quicker.", switched)
     yield from _audit(snapshot.audit)
     yield _gauge("kv_used_bytes", "KV cache that running requests hold.", _single(snapshot.kv_used_bytes))
     idle = snapshot.prefix_cache_idle_bytes

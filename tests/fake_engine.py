@@ -111,6 +111,7 @@ class FakeEngine:
                 active_neurons=11,
                 predicted_neurons=13,
                 overflow=2,
+                switched=5,
                 audit=AuditSnapshot(tokens=3, true_positive=40, false_negative=2),
                 kv_used_bytes=4096,
                 prefix_cache_idle_bytes=2048,

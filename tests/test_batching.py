@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from cache.device_curve import ReadCost
+from cache.reader import ReadVolume, plan_reads, volume
 from runtime.batch import Batch, BatchKind, LogitsKind, SequenceView
 from runtime.load import Loaded, LoadOptions, load, prepare
 from runtime.plan import FfnCache
+from runtime.read_cost import prefer_stream
 from runtime.request import FinishReason, Request, SamplingParams, TokenEvent
 
 MODES = ("dense", "sparse")
@@ -101,6 +104,27 @@ def test_one_pass_reads_the_ffn_once(loaded: Loaded) -> None:
     assert read(batches) == read(batches[:1]) > 0
 
 
+def test_reading_apart_and_streaming_give_the_same_numbers(packed: Path) -> None:
+    """Whichever the disk is said to prefer."""
+    loaded = serve(packed, "sparse", start=False)
+    kv, blocks = loaded.new_kv()
+    tables = [blocks.allocate(12) for _ in range(3)]
+    for i, table in enumerate(tables):
+        loaded.model.forward(part("prefill", random_ids(11, i), 0, table, "none"), kv, lambda: None)
+    views = tuple(SequenceView(t, 11, 1) for t in tables)
+    batch = Batch("decode", torch.full((3,), 5), torch.full((3,), 11), views, "last")
+    found, switched = [], []
+    loaded.cache.merge_gap_bytes = 0
+    for cost in (ReadCost(0, 0, 1.0), ReadCost(0, 1.0, 0)):  # bytes are dear, requests are dear
+        loaded.cache.read_cost = cost
+        before = loaded.model.counters().switched
+        found.append(loaded.model.forward(batch, kv, lambda: None))
+        switched.append(loaded.model.counters().switched - before)
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+    assert switched == [0, loaded.model.config.num_hidden_layers]
+    loaded.close()
+
+
 # -- requests of an engine ------------------------------------------------------------------------------------------
 
 SYSTEM = tuple(random_ids(150, 100))  # what many prompts begin with: two chunks and a bit
@@ -146,10 +170,11 @@ def ask(loaded: Loaded, requests: list[Request]) -> list[list[TokenEvent]]:
     return [events_of(queue) for queue in queues]
 
 
-def serve(packed: Path, mode: str, **options: Any) -> Loaded:
+def serve(packed: Path, mode: str, start: bool = True, **options: Any) -> Loaded:
     cache = FfnCache.parse("20%")
     model = load(str(packed), LoadOptions(mode=mode, dtype="fp32", ffn_cache=cache, **options), quiet)
-    model.engine.start()
+    if start:
+        model.engine.start()
     return model
 
 
@@ -173,3 +198,27 @@ def test_sixteen_at_once_in_any_order_give_what_each_gives_alone(mode: str, pack
     loaded.close()
     assert found[1] > found[0] > 0 and snapshot.prefix_cache_hit_tokens == sum(found)
     assert snapshot.kv_used_bytes == 0
+
+
+# -- read apart or streamed ------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_what_the_planned_reads_come_to() -> None:
+    rng = np.random.default_rng(0)
+    for gap in (0, 3000, 20_000):
+        starts = 4096 + 1728 * np.sort(rng.choice(4000, 300, replace=False)).astype(np.int64)
+        plan = plan_reads(starts, 1728, alignment=512, merge_gap_bytes=gap, staging_offset=0, staging_bytes=1 << 40)
+        assert plan is not None
+        found = volume(starts, 1728, 512, gap)
+        assert found.num_requests == pytest.approx(plan.offsets.size, rel=0.1)
+        assert found.num_bytes == pytest.approx(plan.num_bytes, rel=0.1)
+    assert volume(starts[:0], 1728, 512, 0) == ReadVolume(0, 0)
+
+
+def test_streaming_is_preferred_where_it_is_quicker() -> None:
+    cost = ReadCost(batch_s=1e-4, request_s=1e-5, byte_s=1e-9)
+    whole = ReadVolume(4, 10_000_000)  # 10 ms
+    assert not prefer_stream(ReadVolume(100, 400_000), whole, 10_000_000, cost)  # 1.5 ms
+    assert prefer_stream(ReadVolume(1500, 6_000_000), whole, 10_000_000, cost)  # 21 ms
+    assert not prefer_stream(ReadVolume(0, 0), ReadVolume(0, 0), 10_000_000, cost)  # all there: nothing is quicker
+    assert not prefer_stream(ReadVolume(100, 400_000), ReadVolume(2, 500_000), 500_000_000, cost)  # much to copy
