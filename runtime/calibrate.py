@@ -35,11 +35,16 @@ class LayerThresholds:
 
 
 class LayerTail:
-    """CETT of a layer as a function of what is kept, on N tokens. h [N, F], down [F, D], both fp32."""
+    """CETT of a layer as a function of what is kept, on N tokens. h [N, F], down [F, D], both fp32.
 
-    def __init__(self, h: torch.Tensor, down: torch.Tensor) -> None:
+    centred: errors relative to the FFN's output less its mean over the tokens, so that a neuron that is always on, a
+    bias in disguise, does not flatter them.
+    """
+
+    def __init__(self, h: torch.Tensor, down: torch.Tensor, centred: bool = False) -> None:
         self._h, self._down = h, down
-        self._norm = (h @ down).norm(dim=1).clamp_min(1e-20)  # [N]
+        out = h @ down
+        self._norm = (out - out.mean(dim=0) if centred else out).norm(dim=1).clamp_min(1e-20)  # [N]
         self.magnitude = h.abs() * down.norm(dim=1)  # [N, F], ||n_i||
 
     def cett(self, kept: torch.Tensor) -> float:

@@ -7,15 +7,15 @@ Shapes: N rows, D hidden, F neurons, K neurons of the union.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cache.bundle import BundleDtype, BundleLayout
 from cache.neuron_cache import Chunk, NeuronCache
+from runtime.activation import activation
 from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
@@ -24,17 +24,6 @@ from runtime.read_cost import prefer_stream
 
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square(),
-}
-
-
-def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """silu, relu, or relu2 (relu squared, ReLU² Wins, arXiv 2402.03804)."""
-    return _ACTIVATIONS[name]
 
 
 class DenseFFN:

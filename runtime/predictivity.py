@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from runtime.activation import activation
 from runtime.calibrate import LayerTail
-from runtime.ffn import DenseFFN, activation
+from runtime.ffn import DenseFFN
 from runtime.kernels import Kernels
 from runtime.kernels.sketch import dequantise_rows, make_sketch
 from runtime.layers import FFNWeights

@@ -113,7 +113,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_info.json into the directory, which must exist; `from_dir` reads them."""
         folder = Path(path)
-        self._inner.save(str(folder / "tokenizer.json"), pretty=False)
+        self.save_json(folder / "tokenizer.json")
         info = {
             "version": 1,
             "bos_token": self.bos_token,
@@ -124,6 +124,10 @@ class Tokenizer:
             "chat_template": self.chat_template,
         }
         (folder / INFO_FILE).write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def save_json(self, path: Path) -> None:
+        """Writes the file that the `tokenizers` package reads, without what lies beside it."""
+        self._inner.save(str(path), pretty=False)
 
     # --- what it knows ---
 

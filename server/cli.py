@@ -23,6 +23,7 @@ from runtime.plan import FfnCache
 from server.load_bar import LoadBar
 from server.plan_table import plan_table
 from server.settings import (
+    Act,
     Bundles,
     Cett,
     Device,
@@ -323,6 +324,36 @@ def profile(
     from server.profile_command import run_profile
 
     run_profile(name, settings, settings.quick, _console())
+
+
+@app.command()
+def sparsify(
+    ctx: typer.Context,
+    model: OptionalModel = None,
+    out: Annotated[Path | None, _option("--out", "Directory of the model that is made")] = None,
+    act: Annotated[Act | None, _option("--act", "Activation of the student's FFN")] = None,
+    gated: Annotated[
+        bool | None,
+        _option("--gated/--non-gated", "Keep the gate, or make two neurons without one of each", field="gated"),
+    ] = None,
+    tokens: Annotated[
+        int | None, _option("--tokens", "Tokens that the student sees; 100 million, unless given")
+    ] = None,
+    active: Annotated[float | None, _option("--active", "Share of the neurons to be active")] = None,
+    text: Annotated[
+        list[Path] | None, _option("--text", "Text to learn from too, beside what the model writes; may be repeated")
+    ] = None,
+    device: Annotated[Device | None, _option("--device", "Where to train")] = None,
+    resume: Annotated[bool | None, _option("--resume", "Go on with an interrupted run")] = None,
+    as_json: AsJson = None,
+) -> None:
+    """Make a sparse ReLU² model of a gated one, without data: the model teaches a student what it writes itself."""
+    settings = read_settings({k: v for k, v in ctx.params.items() if k != "text"})
+    texts = text or ([settings.text] if settings.text is not None else [])
+    name, settings = resolve_model(settings)
+    from server.sparsify_command import run_sparsify
+
+    run_sparsify(name, settings, texts, _console())
 
 
 @app.command()

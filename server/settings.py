@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PREFIX = "COLDSTREAM_"
 _ELSEWHERE = frozenset({"COLDSTREAM_CACHE_DIR"})  # read by the runtime: where packed models are kept
 
+Act = Literal["relu2", "relu", "drelu"]
 Bundles = Literal["auto", "bf16", "fp16", "fp32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -111,6 +112,11 @@ class Settings(BaseSettings):
     as_json: bool = Field(False, validation_alias=f"{PREFIX}JSON")
     # profile
     quick: bool = False
+    # sparsify
+    act: Act = "relu2"
+    gated: bool = True
+    active: Annotated[float, Field(gt=0, lt=1)] = 0.08
+    resume: bool = False
     # chat, top
     url: str = "http://127.0.0.1:8000"
     # load

@@ -57,6 +57,10 @@ COMMANDS = {
     ],
     "perplexity": ["--cett", "--tokens", "--text", "--ffn-cache", "--memory", "--json"],
     "profile": ["--out", "--text", "--tokens", "--quick", "--json"],
+    "sparsify": [
+        *("--out", "--act", "--gated", "--non-gated", "--tokens", "--active", "--text", "--device", "--resume"),
+        "--json",
+    ],
     "chat": ["--url"],
     "load": ["--url", "--api-key", "--requests", "--concurrency", "--prompt-tokens", "--tokens", "--json"],
     "top": ["--url", "--api-key", "--interval", "--once", "--json"],
@@ -107,6 +111,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "concurrency": "2",
             "prefix_cache": "0",
         },
+        **{"act": "relu", "gated": "0", "active": "0.1", "resume": "1"},
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():
