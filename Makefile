@@ -1,10 +1,11 @@
-# make serve | test | check | bench | install | clean. Each makes .venv when it is missing; nothing is installed outside of it.
+# make serve | test | check | bench | soak | install | clean. Each makes .venv when it is missing; nothing is installed outside of it.
 
 PYTHON ?= python3
 PORT ?= 8000
 MODEL ?=
 PROMPT_TOKENS ?= 128
 TOKENS ?= 128
+MINUTES ?= 20
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ NATIVE := $(wildcard cache/native/*.cpp cache/native/*.h runtime/kernels/cpu/*.c
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
 .DEFAULT_GOAL := serve
-.PHONY: install serve test check bench clean
+.PHONY: install serve test check bench soak clean
 
 install: $(STAMP)
 
@@ -32,6 +33,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/coldstream bench $(MODEL) --prompt-tokens $(PROMPT_TOKENS) --tokens $(TOKENS) --json
+
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -64,4 +64,6 @@ def _until_ready(served: Served) -> str:
         served.said.append(line)
         if found := re.search(r"ready: (http://\S+) serves", line):
             return found[1]
-    raise RuntimeError(f"the server ended before it was ready:\n{''.join(served.said)}")
+    raise RuntimeError(
+        f"the server ended before it was ready (exit code {served.process.wait()}):\n{''.join(served.said)}"
+    )

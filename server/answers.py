@@ -74,7 +74,7 @@ class Answer:
             "outcome": ",".join(sorted({choice.outcome for choice in self.choices})),
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": sum(choice.num_tokens for choice in self.choices),
-            **account_json(accounts),
+            **(account_json(accounts) if accounts else {}),  # unknown when the client has left
         }
 
     def _whole_choice(self, piece: Piece) -> Json:
