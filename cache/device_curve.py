@@ -21,14 +21,14 @@ from cache.arena import new_arena
 from cache.errors import ReadError
 from cache.reader import Reader
 
-VERSION = 1
+VERSION = 2
 NAME = "device.json"  # beside the file
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
 DEPTHS = (1, 8, 64)  # reads handed over together, then waited for together, as the cache does
 SMALLEST_FILE_BYTES = 32 << 20  # less tells of caches, not of a device
 DEFAULT_MERGE_GAP_BYTES = 8 << 10  # without a curve: less than one more request costs (benchmarks/LOG.md)
 
-_LARGEST_MERGE_GAP_BYTES = 64 << 10
+_LARGEST_MERGE_GAP_BYTES = 32 << 10  # beyond that a busy processor was measured, not a device
 _POINT_S = 0.05  # of reading, for each point: 2.5 s in all where there are three ways
 _ARENA_BYTES = 4 << 20
 _WAYS = ("io_uring", "pread", "buffered")
@@ -37,7 +37,10 @@ _MEASURING_DEPTH = 64
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """`seconds`: of a batch of `depth` scattered reads of `read_bytes` each, from submit to the last byte (median)."""
+    """`seconds`: of a batch of `depth` scattered reads of `read_bytes` each, from submit to the last byte.
+
+    The shortest of many: what others do with the processors meanwhile is not the device's.
+    """
 
     read_bytes: int
     depth: int
@@ -203,7 +206,7 @@ def _measure_point(reader: Reader, file_bytes: int, size: int, depth: int, rng: 
         before = time.perf_counter()
         reader.wait(reader.submit(offsets, lengths, landing))
         times.append(time.perf_counter() - before)
-    return Point(size, depth, float(np.median(times)))
+    return Point(size, depth, min(times))
 
 
 def _stored(store: Path) -> DeviceCurve | None:

@@ -62,6 +62,16 @@ class Chunk:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Records that are being read before it is known whether they will be wanted."""
+
+    layer: int
+    ids: np.ndarray  # int32 [P], ascending
+    offsets: np.ndarray  # int64 [P], where they land in the arena
+    ticket: int
+
+
 @dataclass(slots=True)
 class _Counts:
     lookups: int = 0
@@ -73,6 +83,9 @@ class _Counts:
     requests: int = 0
     read_s: float = 0.0
     stall_s: float = 0.0
+    ahead_issued: int = 0  # records
+    ahead_used: int = 0
+    ahead_wasted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +103,7 @@ class NeuronCache:
     slots_per_layer: how many records of each layer may stay. staging_bytes: where reads land; a set of misses that does
     not fit makes `acquire` return None. frequency: share of tokens [L, F] that used a neuron in the profile; it ranks
     the neurons until the cache has seen its own. curve: of the file's device; it says which gaps are worth reading to
-    save a request. Costs: slots + staging + 4 bytes a neuron.
+    save a request. lookahead: a quarter of staging is for `prefetch`. Costs: slots + staging + 4 bytes a neuron.
     """
 
     tier = "cpu"
@@ -105,6 +118,7 @@ class NeuronCache:
         io_engine: str = "auto",
         queue_depth: int = 64,
         curve: DeviceCurve | None = None,
+        lookahead: bool = False,
     ) -> None:
         file.check()
         self.file = file
@@ -125,8 +139,12 @@ class NeuronCache:
         self._read_sizes = Histogram(READ_SIZE_BOUNDS)
         self._leases = 0
         self._file_bytes = file.path.stat().st_size
-        landing = (self._staging, self._staging_bytes)
-        self._reader = Reader(file.path, self.arena, landing=landing, engine=io_engine, queue_depth=queue_depth)
+        ahead_bytes = self._staging_bytes // 4 // _PAGE * _PAGE if lookahead else 0
+        self._whole = (self._staging, self._staging_bytes)  # (offset, bytes) in the arena: for what has it for itself
+        self._demanded = (self._staging, self._staging_bytes - ahead_bytes)
+        self._speculated = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
+        self._ahead: _Ahead | None = None
+        self._reader = Reader(file.path, self.arena, landing=self._whole, engine=io_engine, queue_depth=queue_depth)
         cost = None if curve is None else curve.cost(self._reader.info.engine)
         self.merge_gap_bytes = DEFAULT_MERGE_GAP_BYTES if cost is None else cost.merge_gap_bytes
         self.read_cost = DEFAULT_READ_COST if cost is None else cost
@@ -148,24 +166,45 @@ class NeuronCache:
     def acquire(self, layer: int, ids: np.ndarray) -> Lease | None:
         """Makes the records of `ids` (int32 [K], ascending, unique) readable and returns where they are.
 
-        Blocks until the misses are read. None when the misses do not fit staging: nothing was read or counted, take
-        the dense path. The slots keep their records until `release`; at most one lease is out. Raises ReadError.
+        Blocks until the misses are read; what `prefetch` has begun of them is not read again. None when they do not fit
+        staging: nothing was counted, take the dense path. The slots keep their records until `release`; at most one
+        lease is out. Raises ReadError.
         """
         self._one_user()
+        ahead = self._take_ahead(layer)
         slots = self._slot_of[layer, ids]
         hit = slots >= 0
         missed = ids[~hit]
+        found = self._bring(layer, missed, ahead)
+        if found is None:
+            return None
+        places, num_early = found
         offsets = slots.astype(np.int64) * self.layout.stride
         if missed.size:
-            plan = self._plan(layer, missed) or self._plan(layer, missed, merge_gap=0)
-            if plan is None:
-                return None
-            self._read(plan)
-            offsets[~hit] = plan.record_offsets
-            self._verify(layer, missed, plan.record_offsets)
-        self._count_lookups(ids.size, missed.size)
+            offsets[~hit] = places
+            self._verify(layer, missed, places)
+        self._count_lookups(ids.size, missed.size - num_early)
+        self._counts.needed_bytes += num_early * self.layout.record_bytes
         self._leases += 1
         return Lease(layer, ids, offsets, hit, self)
+
+    def prefetch(self, layer: int, ids: np.ndarray) -> None:
+        """Starts reading the absent ones of `ids` (int32 [K], ascending, unique), which `acquire` of this layer will
+        probably be asked for next. A hint: nothing depends on it but time and counters, and it never blocks on them.
+
+        What an earlier hint asked for and nobody acquired is waited for and counted as wasted; a set too large for its
+        part of staging is not read. RuntimeError without `lookahead`.
+        """
+        if not self._speculated[1]:
+            raise RuntimeError("the cache was made without lookahead")
+        self._one_user()
+        self._take_ahead(-1)
+        absent = ids[self._slot_of[layer, ids] < 0]
+        plan = self._plan(layer, absent, self._speculated) if absent.size else None
+        if plan is None:
+            return
+        self._counts.ahead_issued += absent.size
+        self._ahead = _Ahead(layer, absent, plan.record_offsets, self._submit(plan, plan.arena_offsets))
 
     def release(self, lease: Lease) -> None:
         """Ends the lease; what was read and scores better than what is resident moves into slots."""
@@ -199,6 +238,7 @@ class NeuronCache:
         Raises ReadError.
         """
         self._one_user()
+        self._take_ahead(-1)
         if self._in_order(layer):
             self._count_lookups(self.file.num_neurons, 0)
             first = int(self._base[layer])
@@ -223,13 +263,14 @@ class NeuronCache:
 
     def warm(self, layer: int) -> None:
         """Fills the layer's slots with the neurons that the policy ranks highest. Raises ReadError."""
+        self._take_ahead(-1)
         size = int(self._slots_per_layer[layer])
         best = np.argsort(-self._policy.scores(layer), kind="stable")[:size]
         ids = np.sort(best[self._slot_of[layer, best] < 0]).astype(np.int32)
         step = max(1, self._staging_bytes // 2 // self.layout.stride)
         for start in range(0, ids.size, step):
             part = ids[start : start + step]
-            plan = self._plan(layer, part) or self._plan(layer, part, merge_gap=0)
+            plan = self._plan(layer, part, self._whole) or self._plan(layer, part, self._whole, merge_gap=0)
             if plan is None:  # every record apart from its neighbours: alignment can double the bytes
                 raise RuntimeError("half of staging holds no reads of a quarter of it")
             self._read(plan)
@@ -251,7 +292,14 @@ class NeuronCache:
             used_bytes=int(self._used.sum()) * stride,
         )
         moved = TransferSnapshot(c.read_bytes, c.needed_bytes, c.requests, c.read_s, c.stall_s)
-        return CacheSnapshot({self.tier: tier}, {("disk", self.tier): moved}, {"disk": self._read_sizes.snapshot()})
+        return CacheSnapshot(
+            {self.tier: tier},
+            {("disk", self.tier): moved},
+            {"disk": self._read_sizes.snapshot()},
+            prefetch_issued_bytes=c.ahead_issued * self.layout.record_bytes,
+            prefetch_used_bytes=c.ahead_used * self.layout.record_bytes,
+            prefetch_wasted_bytes=c.ahead_wasted * self.layout.record_bytes,
+        )
 
     def close(self) -> None:
         """Waits for reads under way and closes the file. The arena is freed with the object."""
@@ -268,14 +316,63 @@ class NeuronCache:
         self._counts.hits += lookups - misses
         self._counts.needed_bytes += misses * self.layout.record_bytes
 
-    def _plan(self, layer: int, ids: np.ndarray, merge_gap: int | None = None) -> ReadPlan | None:
+    def _take_ahead(self, layer: int) -> _Ahead | None:
+        """What is being read ahead for `layer`, taken over by the caller; another layer's is waited for and dropped."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.layer == layer:
+            return ahead
+        self._settle(ahead, 0)
+        return None
+
+    def _settle(self, ahead: _Ahead, num_used: int) -> bool:
+        """Waits for what was read ahead; whether it is there. A failure is nobody's error: it may not be wanted."""
+        try:
+            self._wait(ahead.ticket)
+        except ReadError:
+            self._counts.ahead_wasted += ahead.ids.size
+            return False
+        self._counts.ahead_used += num_used
+        self._counts.ahead_wasted += ahead.ids.size - num_used
+        return True
+
+    def _bring(self, layer: int, ids: np.ndarray, ahead: _Ahead | None) -> tuple[np.ndarray, int] | None:
+        """Reads absent records, but for those that come ahead: where each is, int64 [K], and how many had come already.
+
+        None when they do not fit staging.
+        """
+        early = np.zeros(ids.size, bool) if ahead is None else np.isin(ids, ahead.ids, assume_unique=True)
+        late = ids[~early]
+        plan = self._plan(layer, late, self._demanded) or self._plan(layer, late, self._demanded, merge_gap=0)
+        num_early = int(np.count_nonzero(early))
+        num_arrived = num_early if ahead is not None and self._reader.done(ahead.ticket) else 0
+        there = True
+        try:
+            if plan is not None and late.size:
+                self._read(plan)
+        finally:
+            if ahead is not None:
+                there = self._settle(ahead, 0 if plan is None else num_early)
+        if not there:
+            return self._bring(layer, ids, None)
+        if plan is None:
+            return None
+        places = np.empty(ids.size, np.int64)
+        places[~early] = plan.record_offsets
+        if ahead is not None:
+            places[early] = ahead.offsets[np.searchsorted(ahead.ids, ids[early])]
+        return places, num_arrived
+
+    def _plan(
+        self, layer: int, ids: np.ndarray, room: tuple[int, int], merge_gap: int | None = None
+    ) -> ReadPlan | None:
+        """Reads that land in `room`, a part of staging: (offset in the arena, bytes)."""
         return plan_reads(
             self.file.starts(layer, ids),
             self.layout.record_bytes,
             alignment=self._reader.info.alignment,
             merge_gap_bytes=self.merge_gap_bytes if merge_gap is None else merge_gap,
-            staging_offset=self._staging,
-            staging_bytes=self._staging_bytes,
+            staging_offset=room[0],
+            staging_bytes=room[1],
         )
 
     def _read(self, plan: ReadPlan) -> None:
@@ -364,7 +461,7 @@ class NeuronCache:
         self._count_lookups(ids.size, missed.size)
         if not missed.size:
             return _Pending(chunk, None, resident)
-        plan = self._plan(layer, missed)
+        plan = self._plan(layer, missed, self._whole)
         if plan is None:
             raise RuntimeError("half of staging holds less than a chunk")
         in_place = plan.offsets - (first - first % align) + base

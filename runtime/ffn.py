@@ -104,6 +104,18 @@ class OffloadedFFN:
         self._streamed(layer, parts)
         return [part.out for part in parts]
 
+    def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
+        """Starts reading what the layer will probably want, from guesses at its inputs, shaped as they will be.
+
+        For the cache made with lookahead. Nothing but time and counters depends on it: the layer's true input decides.
+        """
+        if self._predictor is None or len(xs) > 1 or kinds[0] != "decode":
+            return
+        guess = self._predictor.predict(layer, xs[0].contiguous().numpy())
+        ids = np.flatnonzero(guess.any(axis=0)).astype(np.int32)
+        if not self._prefers_whole(layer, ids):
+            self._cache.prefetch(layer, ids)
+
     def _step_kind(self, kind: BatchKind) -> str:
         return "prefill" if kind == "prefill" else "dense" if self._predictor is None else "sparse"
 
@@ -127,13 +139,16 @@ class OffloadedFFN:
 
     def _reads_apart(self, layer: int, ids: np.ndarray) -> bool:
         """Whether reading the absent of `ids` record by record is quicker than the whole layer; counts where not."""
-        if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
-            return True
-        apart, whole = self._cache.volumes(layer, ids)
-        if not prefer_stream(apart, whole, self._cache.file.layer_bytes, self._cache.read_cost):
+        if not self._prefers_whole(layer, ids):
             return True
         self._switched += 1
         return False
+
+    def _prefers_whole(self, layer: int, ids: np.ndarray) -> bool:
+        if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
+            return False
+        apart, whole = self._cache.volumes(layer, ids)
+        return prefer_stream(apart, whole, self._cache.file.layer_bytes, self._cache.read_cost)
 
     def _sparse(self, layer: int, part: _Part, ids: np.ndarray) -> bool:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""

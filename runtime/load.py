@@ -39,6 +39,7 @@ from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor, Sketch
 from runtime.tokenizer import Tokenizer
 
 MODES = ("sparse", "exact", "dense")
+LOOKAHEADS = ("none", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class LoadOptions:
     audit_rate: float = 0.0
     kernel: str = "auto"
     io_engine: str = "auto"
+    lookahead: str = "none"  # attention: predict and read before a layer's attention too (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     profile = packed.read(PROFILE)
     cett = packed.cett if options.cett is None else options.cett
     predictor = _predictor(packed, profile, cett, options.mode, kernels)
+    lookahead = options.lookahead == "attention" and predictor is not None
     cache = NeuronCache(
         packed.bundles,
         plan.slots_per_layer,
@@ -178,6 +181,7 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         _frequency(profile, cett, options.mode),
         io_engine=options.io_engine,
         curve=curve,
+        lookahead=lookahead,
     )
     dtype = _torch_dtype(options.dtype, config)
     weights = _load_weights(packed, dtype, progress)
@@ -186,7 +190,8 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
     ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
-    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters)
+    look_ahead = ffn.look_ahead if lookahead else None
+    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead)
     constraints = ConstraintCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor, constraints
@@ -235,6 +240,8 @@ def _check_options(options: LoadOptions) -> None:
         raise UnsupportedError("--gpu-memory: this version runs on cpu only")
     if options.mode not in MODES:
         raise ColdstreamError(f"--mode {options.mode}: one of {', '.join(MODES)}")
+    if options.lookahead not in LOOKAHEADS:
+        raise ColdstreamError(f"lookahead {options.lookahead}: one of {', '.join(LOOKAHEADS)}")
     if not 0 <= options.audit_rate <= 1:
         raise ColdstreamError(f"--audit-rate {options.audit_rate:g}: a share between 0 and 1")
     if options.cett is not None and options.mode != "sparse":

@@ -32,6 +32,12 @@ class FFN(Protocol):
     def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]: ...
 
 
+class LookAhead(Protocol):
+    """A hint before a layer's attention: what the FFN's inputs would be without it, fp32 [N, D] each."""
+
+    def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """The resident matrices of one decoder layer, under their checkpoint names."""
@@ -152,11 +158,13 @@ class Model:
         kernels: Kernels,
         max_model_len: int,
         counters: Callable[[], ModelCounters],
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self.config = config
         self.counters = counters
         self._weights = weights
         self._ffn = ffn
+        self._look_ahead = look_ahead
         self._kernels = kernels
         self._cos, self._sin = rope_tables(config, max_model_len)
         self._scale = config.head_dim**-0.5
@@ -178,9 +186,11 @@ class Model:
         kinds = [b.kind for b in batches]
         for i, w in enumerate(self._weights.layers):
             check()
+            eps = self.config.rms_norm_eps
+            if self._look_ahead is not None:  # attention changes the residual by little
+                self._look_ahead(i, [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows], kinds)
             for part in rows:
                 self._attention(i, w, part, kv)
-            eps = self.config.rms_norm_eps
             outs = self._ffn(i, [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows], kinds)
             for part, out in zip(rows, outs, strict=True):
                 part.x = part.x + out

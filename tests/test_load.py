@@ -91,20 +91,28 @@ def test_exact_equals_dense_and_reads_less(family: str, tmp_path: Path, request:
 
 
 def test_sparse_text_does_not_depend_on_the_cache(tmp_path: Path, tiny_relu2: Any) -> None:
-    """The active set is a function of the input: the same text at any cache size, alone or in company."""
+    """The active set is a function of the input: the same text at any cache size, read ahead or not."""
     checkpoint, _, text = tiny_relu2
     model = packed(checkpoint, tmp_path / "packed", text, bundles="fp32", cett=0.15)
     texts = []
-    for share in ("0%", "20%", "100%"):
-        loaded = load(str(model), LoadOptions(dtype="fp32", ffn_cache=FfnCache.parse(share)), quiet)
+    for share, lookahead in (
+        ("0%", "none"),
+        ("20%", "none"),
+        ("100%", "none"),
+        ("0%", "attention"),
+        ("20%", "attention"),
+    ):
+        options = LoadOptions(dtype="fp32", ffn_cache=FfnCache.parse(share), lookahead=lookahead)
+        loaded = load(str(model), options, quiet)
         assert loaded.info["cett"] == 0.15
         loaded.engine.start()
         texts.append([generate(loaded, p, 24) for p in PROMPTS])
         counters = loaded.model.counters()
         assert counters.steps["sparse"] > 0 and counters.predicted_neurons > 0
+        assert (loaded.cache.snapshot().prefetch_used_bytes > 0) == (lookahead == "attention")
         loaded.engine.shutdown(0)
         loaded.close()
-    assert texts[0] == texts[1] == texts[2]
+    assert all(text == texts[0] for text in texts)
 
 
 def test_a_lower_cett_takes_more_neurons(tmp_path: Path, tiny_relu2: Any) -> None:

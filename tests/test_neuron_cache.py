@@ -225,3 +225,79 @@ def test_the_device_curve_decides_which_gaps_are_read(file: BundleFile) -> None:
         read[name] = moved.requests, moved.bytes
     assert read["dear requests"][0] == 1 < read["dear bytes"][0]
     assert read["dear requests"][1] > read["dear bytes"][1]
+
+
+# -- lookahead --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["auto", "pread", "buffered"])
+def test_what_was_read_ahead_is_right_and_adds_up(file: BundleFile, engine: str) -> None:
+    """Guesses of all kinds: right, wrong, for another layer, followed by a stream, not followed at all."""
+    cache = make(file, 40, io_engine=engine, lookahead=True)
+    rng = np.random.default_rng(3)
+    for step in range(60):
+        layer = step % LAYERS
+        ids = np.flatnonzero(rng.random(NEURONS) < 0.1).astype(np.int32)
+        kept = rng.random(ids.size) < rng.choice([0.0, 0.8, 1.0])
+        guess = np.union1d(ids[kept], np.flatnonzero(rng.random(NEURONS) < 0.02)).astype(np.int32)
+        cache.prefetch(layer if step % 5 else (layer + 1) % LAYERS, guess)
+        if step % 7 == 3:
+            for chunk in cache.stream(layer):
+                offsets = chunk.offset + np.arange(chunk.stop - chunk.start) * file.layout.stride
+                np.testing.assert_array_equal(
+                    read_back(cache, offsets, "up"), vectors(layer)["up"][chunk.start : chunk.stop]
+                )
+        check_lease(cache, layer, ids)
+    found = cache.snapshot()
+    assert found.prefetch_used_bytes > found.prefetch_wasted_bytes / 2 > 0
+    assert found.prefetch_issued_bytes == found.prefetch_used_bytes + found.prefetch_wasted_bytes
+    moved = found.transfers["disk", "cpu"]
+    assert moved.needed_bytes + found.prefetch_wasted_bytes <= moved.bytes
+    cache.close()
+
+
+def test_a_right_guess_is_read_once(file: BundleFile) -> None:
+    ids = np.arange(5, 300, 40, dtype=np.int32)
+    plain, ahead = make(file, 0), make(file, 0, lookahead=True)
+    ahead.prefetch(1, ids)
+    for cache in (plain, ahead):
+        check_lease(cache, 1, ids)
+    volumes = [cache.snapshot().transfers["disk", "cpu"] for cache in (plain, ahead)]
+    assert volumes[0].bytes == volumes[1].bytes and volumes[0].needed_bytes == volumes[1].needed_bytes
+    assert ahead.snapshot().prefetch_used_bytes == ids.size * file.layout.record_bytes
+
+
+def test_a_failed_guess_costs_nobody_an_error(file: BundleFile) -> None:
+    cache = make(file, 0, lookahead=True)
+    ids = np.array([3, 33, 60], np.int32)
+    for found in (ids, np.array([100], np.int32)):  # the guess was right: read again; it was wrong: nothing happens
+        cache._reader.inject("eio", 0, 3)
+        cache.prefetch(0, ids)
+        check_lease(cache, 0, found)
+    snapshot = cache.snapshot()
+    assert snapshot.prefetch_used_bytes == 0
+    assert snapshot.prefetch_wasted_bytes == snapshot.prefetch_issued_bytes == 6 * file.layout.record_bytes
+
+
+def test_a_late_read_that_fails_leaves_no_read_under_way(file: BundleFile) -> None:
+    cache = make(file, 0, lookahead=True)
+    cache.prefetch(0, np.array([3], np.int32))
+    cache._reader.inject("eio", 1, 1)
+    with pytest.raises(ReadError):
+        cache.acquire(0, np.array([3, 600], np.int32))
+    check_lease(cache, 0, np.array([3, 600], np.int32))
+    cache.prefetch(2, np.array([4], np.int32))
+    cache.close()  # with a guess under way: it is waited for
+
+
+def test_guesses_are_bounded_and_need_a_cache_made_for_them(file: BundleFile) -> None:
+    with pytest.raises(RuntimeError, match="without lookahead"):
+        make(file, 0).prefetch(0, np.array([1], np.int32))
+    cache = make(file, 0, lookahead=True)
+    cache.prefetch(0, np.arange(NEURONS, dtype=np.int32))  # a layer is more than a quarter of staging
+    assert cache.snapshot().prefetch_issued_bytes == 0
+    lease = cache.acquire(0, np.array([1], np.int32))
+    assert lease is not None
+    with pytest.raises(RuntimeError, match="release"):
+        cache.prefetch(1, np.array([2], np.int32))
+    cache.release(lease)
