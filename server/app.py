@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import openapi
 from server.async_engine import AsyncEngine
+from server.builtin_page import PATHS as PAGE_PATHS
+from server.builtin_page import make_page_router
 from server.config import ServerConfig
 from server.errors import Refusals, body_too_large, install_handlers, internal_error, invalid_api_key
 from server.logs import log_request
@@ -25,7 +27,7 @@ from server.routes import ANSWER, make_router
 
 __all__ = ["ServerConfig", "create_app"]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"}) | PAGE_PATHS
 _MAX_REQUEST_ID = 128
 
 
@@ -36,6 +38,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     install_handlers(app, refusals)
     app.include_router(make_router(engine, config, Metrics(engine, config, refusals)))
     openapi.install(app, config.served_model_name, needs_key=bool(config.api_keys))
+    app.include_router(make_page_router())
     app.add_middleware(Gate, config=config, refusals=refusals)
     if config.cors_origins:  # outside of the gate: a browser asks first, without a key, and must be able to read errors
         app.add_middleware(
