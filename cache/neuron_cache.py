@@ -261,6 +261,12 @@ class NeuronCache:
                 if left.ticket is not None:
                     self._account(self._reader.wait(left.ticket), stalled=0.0)
 
+    def pin(self, layer: int, ids: np.ndarray) -> None:
+        """These neurons never leave the slots that `warm` gives them. At most as many as the layer has slots."""
+        if ids.size > self._slots_per_layer[layer]:
+            raise ValueError(f"{ids.size} neurons of layer {layer} do not fit its {self._slots_per_layer[layer]} slots")
+        self._policy.pin(layer, ids)
+
     def warm(self, layer: int) -> None:
         """Fills the layer's slots with the neurons that the policy ranks highest. Raises ReadError."""
         self._take_ahead(-1)

@@ -23,6 +23,10 @@ class DecayedFrequency:
         self._scores = prior.astype(np.float64) / (1.0 - decay)  # [L, F]
         self._increment = np.ones(prior.shape[0])  # [L]
 
+    def pin(self, layer: int, ids: np.ndarray) -> None:
+        """Nothing outranks these neurons any more."""
+        self._scores[layer, ids] = np.inf
+
     def touch(self, layer: int, ids: np.ndarray) -> None:
         """One step of `layer` used neurons `ids` (unique)."""
         increment = self._increment[layer] / self._decay

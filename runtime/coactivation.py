@@ -74,6 +74,17 @@ def coactivation_order(counts: np.ndarray, num_hot: int) -> np.ndarray:
     return np.concatenate([hot, cold[_chain(similarity)]])
 
 
+def disk_order(active: np.ndarray, num_hot: int, block: int = 4096) -> np.ndarray:
+    """`coactivation_order` from active sets, bool [N, F], in memory that does not grow with F²: the cold neurons are
+    chained in blocks of like frequency."""
+    by_frequency = frequency_order(active.mean(axis=0))
+    parts = [by_frequency[:num_hot]]
+    for start in range(num_hot, by_frequency.size, block):
+        part = by_frequency[start : start + block]
+        parts.append(part[_chain(_cosine(joint_counts(active[:, part])))])
+    return np.concatenate(parts)
+
+
 def _cosine(counts: np.ndarray) -> np.ndarray:
     norm = np.sqrt(np.maximum(np.diag(counts), 1.0))
     return np.asarray(counts / norm[:, None] / norm[None, :])

@@ -47,6 +47,7 @@ class _Part:
 
     x: torch.Tensor  # [N, D]
     mask: np.ndarray | None  # bool [N, F]: each row's own set; None: all neurons
+    counted: bool  # its active neurons are: the semantics are sparse, even where the layer is computed whole
     by_row: bool
     out: torch.Tensor  # [N, D], added to
 
@@ -112,6 +113,8 @@ class OffloadedFFN:
         if self._predictor is None or len(xs) > 1 or kinds[0] != "decode":
             return
         guess = self._predictor.predict(layer, xs[0].contiguous().numpy())
+        if guess is None:
+            return
         ids = np.flatnonzero(guess.any(axis=0)).astype(np.int32)
         if not self._prefers_whole(layer, ids):
             self._cache.prefetch(layer, ids)
@@ -122,18 +125,21 @@ class OffloadedFFN:
     def _part(self, layer: int, x: torch.Tensor, kind: BatchKind, in_company: bool) -> _Part:
         by_row = kind == "decode" or x.shape[0] <= FEW_ROWS
         if self._predictor is None or kind == "prefill":
-            return _Part(x, None, by_row, torch.zeros_like(x))
+            return _Part(x, None, False, by_row, torch.zeros_like(x))
         mask = self._predict(layer, x)
+        if mask is None:
+            return _Part(x, None, True, by_row, torch.zeros_like(x))
         if kind == "decode" and self._auditor is not None:
             self._auditor.offer(layer, x.numpy(), mask)
-        own = mask.copy() if in_company else mask  # the predictor reuses its array
-        return _Part(x, own, by_row, torch.zeros_like(x))
+        own = mask.copy() if in_company else mask  # the predictor reuses its own
+        return _Part(x, own, True, by_row, torch.zeros_like(x))
 
-    def _predict(self, layer: int, x: torch.Tensor) -> np.ndarray:
+    def _predict(self, layer: int, x: torch.Tensor) -> np.ndarray | None:
         if self._predictor is None:
             raise RuntimeError("dense has no predictor")
         mask = self._predictor.predict(layer, x.contiguous().numpy())
-        self._predicted += int(np.count_nonzero(mask))
+        taken = x.shape[0] * self._cache.file.num_neurons if mask is None else int(np.count_nonzero(mask))
+        self._predicted += taken
         self._rows += x.shape[0]
         return mask
 
@@ -193,7 +199,7 @@ class OffloadedFFN:
         ids = slice(chunk.start, chunk.stop)
         offsets = chunk.offset + np.arange(chunk.stop - chunk.start, dtype=np.int64) * self._layout.stride
         mask = None if part.mask is None else np.ascontiguousarray(part.mask[:, ids])
-        self._run(part.x, offsets, mask, part.out, None if mask is None else self._active_at_of(layer, ids))
+        self._run(part.x, offsets, mask, part.out, self._active_at_of(layer, ids) if part.counted else None)
 
     def _multiply(self, layer: int, chunk: Chunk, parts: Sequence[_Part]) -> None:
         """out += the chunk's neurons, by a GEMM for each part; the weights are widened once, one vector at a time."""
@@ -213,13 +219,12 @@ class OffloadedFFN:
 
     def _apply_mask(self, layer: int, chunk: Chunk, h: torch.Tensor, part: _Part) -> None:
         """Zeroes what is not in a row's set; counts the active among all."""
-        if part.mask is None:
-            return
         ids = slice(chunk.start, chunk.stop)
         active_at = self._active_at_of(layer, ids)
-        if active_at is not None:
+        if part.counted and active_at is not None:
             self._active += int(torch.count_nonzero((h.abs() >= torch.from_numpy(active_at)) & (h != 0)))
-        h *= torch.from_numpy(np.ascontiguousarray(part.mask[:, ids]))
+        if part.mask is not None:
+            h *= torch.from_numpy(np.ascontiguousarray(part.mask[:, ids]))
 
     def _matrix(self, chunk: Chunk, name: str) -> torch.Tensor:
         """The chunk's vectors `name` as a matrix [n, D] in the GEMM's dtype; a view where the bytes allow it."""

@@ -28,17 +28,18 @@ from runtime.engine import Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.gates import read_gates
 from runtime.kernels import Kernels, select
-from runtime.kernels.sketch import Sketch
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.layers import load_layer
 from runtime.model import LayerWeights, Model, ModelWeights
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
-from runtime.packed import BUNDLES, PROFILE, RESIDENT, SKETCH, Packed, is_packed, open_packed
+from runtime.packed import BUNDLES, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
+from runtime.placement import share_slots
 from runtime.plan import FfnCache, Plan, PlanOptions, make_plan
-from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor, SketchPredictor
+from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
+from runtime.sparse import Sparse, sparse_setup
 from runtime.tokenizer import Tokenizer
 
-MODES = ("sparse", "exact", "dense")
+MODES = ("auto", "sparse", "exact", "dense")
 LOOKAHEADS = ("none", "attention")
 
 
@@ -51,7 +52,7 @@ class LoadOptions:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
-    mode: str = "sparse"
+    mode: str = "auto"  # sparse where the contract found it worth it, or a CETT is given; dense where not
     cett: float | None = None
     ffn_cache: FfnCache | None = None
     max_model_len: int | None = None
@@ -118,12 +119,13 @@ def prepare(
     bundles: str,
     standalone: bool,
     progress: Progress,
+    max_ppl_increase: float = 1.0,
 ) -> Path:
     """Packs a checkpoint and returns the directory. Without `out`: the cache directory. Raises ColdstreamError."""
-    options = PackOptions(calibration or default_calibration(), cett, bundles, standalone)
+    options = PackOptions(calibration or default_calibration(), cett, max_ppl_increase, bundles, standalone)
     checkpoint = open_checkpoint(model)
     target = out or cache_directory() / _cache_name(checkpoint, options)
-    pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, select(), progress)
+    pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress)
     device_curve(target / BUNDLES)
     return target
 
@@ -137,7 +139,7 @@ def find_or_pack(model: str, progress: Progress) -> Packed:
     checkpoint = open_checkpoint(model)
     target = cache_directory() / _cache_name(checkpoint, options)
     if not is_packed(target):
-        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, select(), progress)
+        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress)
     return open_packed(target)
 
 
@@ -147,11 +149,14 @@ def open_plan(model: str, options: PlanOptions) -> Plan:
     if is_packed(path):
         packed = open_packed(path)
         config, layout = packed.config, packed.bundles.layout
+        options = replace(options, mode=_resolve_mode(options.mode, options.cett, packed))
+        sketches: list[SketchSize] | None = packed.sketch_sizes(_cett(options.cett, packed))
     else:
         checkpoint = open_checkpoint(model)
         config = checkpoint.config
         layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, checkpoint))
-    return make_plan(config, layout, options, detect_memory(), process_bytes())
+        options, sketches = replace(options, mode="sparse" if options.mode == "auto" else options.mode), None
+    return make_plan(config, layout, options, detect_memory(), process_bytes(), sketches)
 
 
 def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
@@ -164,29 +169,30 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     tokenizer = Tokenizer.from_dir(packed.path)
     ends = sorted({*packed.config.eos_token_ids, *tokenizer.eos_ids})
     config = replace(packed.config, eos_token_ids=tuple(ends))
-    _check_mode(options.mode, config)
+    mode = _resolve_mode(options.mode, options.cett, packed)
+    _check_mode(mode, config)
+    cett = _cett(options.cett, packed)
     torch.set_num_threads(_num_threads(options.threads))
     kernels = select(options.kernel)
     kernels.set_num_threads(_num_threads(options.threads))
-    plan = make_plan(config, packed.bundles.layout, _plan_options(options), detect_memory(), measured)
+    plan = make_plan(
+        config,
+        packed.bundles.layout,
+        replace(_plan_options(options), mode=mode),
+        detect_memory(),
+        measured,
+        packed.sketch_sizes(cett),
+    )
     curve = device_curve(packed.bundles.path, options.io_engine)
     profile = packed.read(PROFILE)
-    cett = packed.cett if options.cett is None else options.cett
-    predictor = _predictor(packed, profile, cett, options.mode, kernels)
+    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if mode == "sparse" else None
+    predictor = _predictor(packed, sparse, mode, kernels)
     lookahead = options.lookahead == "attention" and predictor is not None
-    cache = NeuronCache(
-        packed.bundles,
-        plan.slots_per_layer,
-        plan.staging_bytes,
-        _frequency(profile, cett, options.mode),
-        io_engine=options.io_engine,
-        curve=curve,
-        lookahead=lookahead,
-    )
+    cache = _cache(packed, plan, sparse, profile["frequency"][0], options.io_engine, curve, lookahead)
     dtype = _torch_dtype(options.dtype, config)
     weights = _load_weights(packed, dtype, progress)
     _warm(cache, progress)
-    active_at = _active_at(predictor, profile, cett)
+    active_at = None if sparse is None else sparse.active_at
     auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
     ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
@@ -197,8 +203,9 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor, constraints
     )
     info: dict[str, object] = {
-        "mode": options.mode,
-        "cett": cett if options.mode == "sparse" else 0.0,
+        "mode": mode,
+        "cett": cett if mode == "sparse" else 0.0,
+        "contract": contract_info(packed, mode),
         "device": "cpu",
         "kernel": kernels.name,
         "io_engine": cache.reader_info.engine,
@@ -206,10 +213,59 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
         "bundles": packed.bundles.layout.dtype.value,
         "predictor": "none" if predictor is None else predictor.name,
+        "predictor_bytes": 0 if predictor is None else predictor.num_bytes,
+        "pinned_share": 0.0 if sparse is None else max(sparse.pinned) / config.intermediate_size,
+        "sparse_layers": 0 if sparse is None else sum(packed.sparse_layers(cett)),
         "max_model_len": plan.max_model_len,
         "threads": kernels.num_threads,
     }
     return Loaded(engine, decoder, cache, tokenizer, plan, packed, info)
+
+
+def contract_info(packed: Packed, mode: str) -> dict[str, object]:
+    """What `prepare` measured, for people: perplexity over dense by CETT, and what it chose."""
+    contract = packed.contract
+    named = ("mode", "cett", "max_ppl_increase_percent", "measured", "bytes_moved")
+    return {name: contract[name] for name in named if name in contract} | {"served": mode == contract["mode"]}
+
+
+def _resolve_mode(mode: str, cett: float | None, packed: Packed) -> str:
+    """auto: what the contract says, unless a CETT was asked for."""
+    if mode != "auto":
+        return mode
+    return packed.mode if cett is None else "sparse"
+
+
+def _cett(given: float | None, packed: Packed) -> float:
+    return packed.cett if given is None else given
+
+
+def _predictor(packed: Packed, sparse: Sparse | None, mode: str, kernels: Kernels) -> Predictor | None:
+    if mode == "exact":
+        return ResidentGatePredictor(read_gates(packed.bundles), kernels)
+    return None if sparse is None else sparse.predictor
+
+
+def _cache(
+    packed: Packed,
+    plan: Plan,
+    sparse: Sparse | None,
+    usual: np.ndarray,
+    io_engine: str,
+    curve: DeviceCurve | None,
+    lookahead: bool,
+) -> NeuronCache:
+    """Slots go where they save most; those of pinned neurons for good. usual [L, F]: frequencies without a CETT."""
+    slots = plan.slots_per_layer
+    if sparse is not None:
+        slots = tuple(share_slots(sparse.frequency, sum(slots)).tolist())
+    frequency = usual if sparse is None else sparse.frequency
+    cache = NeuronCache(
+        packed.bundles, slots, plan.staging_bytes, frequency, io_engine=io_engine, curve=curve, lookahead=lookahead
+    )
+    for layer, num in enumerate(() if sparse is None else sparse.pinned):
+        cache.pin(layer, np.arange(num))
+    return cache
 
 
 def io_info(cache: NeuronCache, curve: DeviceCurve | None) -> dict[str, object]:
@@ -222,7 +278,17 @@ def io_info(cache: NeuronCache, curve: DeviceCurve | None) -> dict[str, object]:
 def _cache_name(checkpoint: Checkpoint, options: PackOptions) -> str:
     """Directory name of a checkpoint packed with these options: readable, and different when either changes."""
     what = [(f.name, f.size, f.sha256) for f in checkpoint.fingerprint()]
-    key = repr((what, options.cett, options.bundles, options.standalone, _sha256_of(options.calibration)))
+    key = repr(
+        (
+            VERSION,
+            what,
+            options.cett,
+            options.max_ppl_increase,
+            options.bundles,
+            options.standalone,
+            _sha256_of(options.calibration),
+        )
+    )
     stem = checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
     return f"{stem or 'model'}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
@@ -244,7 +310,7 @@ def _check_options(options: LoadOptions) -> None:
         raise ColdstreamError(f"lookahead {options.lookahead}: one of {', '.join(LOOKAHEADS)}")
     if not 0 <= options.audit_rate <= 1:
         raise ColdstreamError(f"--audit-rate {options.audit_rate:g}: a share between 0 and 1")
-    if options.cett is not None and options.mode != "sparse":
+    if options.cett is not None and options.mode not in ("auto", "sparse"):
         raise ColdstreamError(f"--cett has no meaning with --mode {options.mode}")
 
 
@@ -291,55 +357,6 @@ def _torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
     if name == "auto":
         return torch.float32 if config.dtype == "fp32" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def _predictor(
-    packed: Packed, profile: dict[str, np.ndarray], cett: float, mode: str, kernels: Kernels
-) -> Predictor | None:
-    if mode == "dense":
-        return None
-    if mode == "exact":
-        return ResidentGatePredictor(read_gates(packed.bundles), kernels)
-    thresholds = interpolate(profile["targets"], profile["tau"], cett)
-    return SketchPredictor(_sketches(packed), thresholds, packed.config.hidden_act, kernels)
-
-
-def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.ndarray:
-    """Thresholds [L] for a CETT between two calibrated targets, on logarithms; thresholds [L, C].
-
-    A layer that is whole at the lower target stays whole. Raises ColdstreamError outside of the calibrated range.
-    """
-    if not targets[0] <= cett <= targets[-1]:
-        raise ColdstreamError(f"--cett {cett:g}: this model was prepared for {targets[0]:g} to {targets[-1]:g}")
-    right = int(np.searchsorted(targets, cett))
-    if targets[right] == cett:
-        return np.asarray(thresholds[:, right])
-    share = np.log(cett / targets[right - 1]) / np.log(targets[right] / targets[right - 1])
-    low, high = thresholds[:, right - 1].astype(np.float64), thresholds[:, right].astype(np.float64)
-    mixed = np.exp((1 - share) * np.log(np.maximum(low, 1e-38)) + share * np.log(np.maximum(high, 1e-38)))
-    return np.where(low > 0, mixed, 0.0).astype(np.float32)
-
-
-def _active_at(predictor: Predictor | None, profile: dict[str, np.ndarray], cett: float) -> np.ndarray | None:
-    """What a neuron's factor must reach to count as active, float32 [L, F]: epsilon / ||down||."""
-    if not isinstance(predictor, SketchPredictor):
-        return None
-    epsilon = interpolate(profile["targets"], profile["epsilon"], cett)
-    return np.asarray(epsilon[:, None] / np.maximum(predictor.down_norms, 1e-30), np.float32)
-
-
-def _frequency(profile: dict[str, np.ndarray], cett: float, mode: str) -> np.ndarray:
-    """How often each neuron is taken [L, F], at the calibrated target next to what is served."""
-    nearest = int(np.abs(np.log(profile["targets"] / cett)).argmin()) if mode == "sparse" else 0
-    return np.asarray(profile["frequency"][nearest])
-
-
-def _sketches(packed: Packed) -> list[Sketch]:
-    arrays, hidden = packed.read(SKETCH), packed.config.hidden_size
-    try:
-        return [Sketch.from_arrays(arrays, f"layers.{i}.", hidden) for i in range(packed.config.num_hidden_layers)]
-    except ValueError as error:
-        raise FormatError(FormatKind.BAD_SHAPE, f"{packed.path / SKETCH}: {error}") from error
 
 
 def _load_weights(packed: Packed, dtype: torch.dtype, progress: Progress) -> ModelWeights:

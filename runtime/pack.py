@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,14 +24,11 @@ from safetensors.numpy import save_file
 from cache.bundle import BundleDtype, BundleLayout, pack_records
 from cache.errors import ColdstreamError, UnsupportedError
 from cache.store import BundleFile
-from runtime.calibrate import CETT_GRID, LayerTail, LayerThresholds, calibrate_layer
+from runtime.calibrate import CETT_GRID, LayerThresholds
 from runtime.checkpoint import Checkpoint, check_tensors
 from runtime.config import ModelConfig
-from runtime.ffn import DenseFFN
-from runtime.kernels import Kernels
-from runtime.kernels.sketch import Sketch, make_sketch
-from runtime.layers import FFNWeights, ffn_name, full_attention, load_ffn, load_layer
-from runtime.model import rms_norm, rope_tables
+from runtime.contract import CANDIDATES, Contract, choose_cett
+from runtime.layers import FFNWeights, ffn_name
 from runtime.packed import (
     BUNDLES,
     PROFILE,
@@ -43,28 +41,31 @@ from runtime.packed import (
     sha256,
     write_manifest,
 )
+from runtime.placement import PINNED_SHARES
+from runtime.plan import sketch_row_bytes
+from runtime.streams import embed, layers
 from runtime.tokenizer import Tokenizer
+from runtime.tune import REFERENCE_CACHE, SKETCH_BITS, Samples, TunedLayer
+from runtime.windows import WINDOW, Windows, read_ids, split_windows
 
-WINDOW = 512  # tokens of a calibration window: each is a text of its own
 NUM_WINDOWS = 4
-DEFAULT_CETT = 0.05
 
 Progress = Callable[[str, float], None]  # what is being done, share done 0..1
 
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """cett None: the default target; bundles: auto, bf16, fp16, fp32 or int8."""
+    """cett None: chosen by the contract, the largest whose perplexity is at most `max_ppl_increase` percent above
+    dense; bundles: auto, bf16, fp16, fp32 or int8."""
 
     calibration: Path
     cett: float | None = None
+    max_ppl_increase: float = 1.0
     bundles: str = "auto"
     standalone: bool = False
 
 
-def pack(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, out: Path, options: PackOptions, kernels: Kernels, progress: Progress
-) -> None:
+def pack(checkpoint: Checkpoint, tokenizer: Tokenizer, out: Path, options: PackOptions, progress: Progress) -> None:
     """Writes a packed model to `out`, which must not exist. Raises ColdstreamError; then nothing is left behind."""
     check_tensors(checkpoint)
     config = checkpoint.config
@@ -72,9 +73,17 @@ def pack(
     if out.exists():
         raise ColdstreamError(f"--out {out}: already exists; remove it or name another directory")
     _check_space(out, packed_bytes(config, layout) + (resident_bytes(checkpoint) if options.standalone else 0))
-    tokens = calibration_tokens(tokenizer, options.calibration, config.vocab_size)
+    _check_options(options)
+    windows = split_windows(tokenizer, options.calibration, config.vocab_size)
     with _atomic_directory(out) as partial:
-        _write(checkpoint, tokenizer, partial, layout, tokens, options, kernels, progress)
+        _write(checkpoint, tokenizer, partial, layout, windows, options, progress)
+
+
+def _check_options(options: PackOptions) -> None:
+    if options.cett is not None and not CETT_GRID[0] <= options.cett <= CETT_GRID[-1]:
+        raise ColdstreamError(f"--cett {options.cett:g}: from {CETT_GRID[0]:g} to {CETT_GRID[-1]:g}")
+    if options.max_ppl_increase <= 0:
+        raise ColdstreamError(f"--max-ppl-increase {options.max_ppl_increase:g}: a percentage above 0")
 
 
 def bundle_dtype(name: str, checkpoint: Checkpoint) -> BundleDtype:
@@ -92,8 +101,7 @@ def is_ffn(name: str) -> bool:
 def packed_bytes(config: ModelConfig, layout: BundleLayout) -> int:
     """Bytes that packing writes, within a few percent: bundles, sketch, profile."""
     neurons = config.num_hidden_layers * config.intermediate_size
-    codes = -(-config.hidden_size // 2) * (2 if layout.gated else 1)
-    return neurons * (layout.stride + codes + 12 + 4 * (len(CETT_GRID) + 1)) + (16 << 20)
+    return neurons * (layout.stride + sketch_row_bytes(config) + 4 * (len(CETT_GRID) + 3)) + (16 << 20)
 
 
 def resident_bytes(checkpoint: Checkpoint) -> int:
@@ -108,19 +116,9 @@ def _resident_size(checkpoint: Checkpoint, name: str) -> int:
 
 def calibration_tokens(tokenizer: Tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
     """Windows evenly spread over a text, int64 [NUM_WINDOWS, WINDOW]; fewer when the text is short."""
-    if not text.is_file():
-        raise ColdstreamError(f"--calibration {text}: not found")
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)
-    if len(ids) < WINDOW:
-        raise ColdstreamError(f"--calibration {text}: {len(ids)} tokens, at least {WINDOW} are needed")
-    num = min(NUM_WINDOWS, len(ids) // WINDOW)
-    starts = np.linspace(0, len(ids) - WINDOW, num).astype(int)
-    tokens = torch.tensor([ids[s : s + WINDOW] for s in starts])
-    if int(tokens.max()) >= vocab_size:
-        raise UnsupportedError(
-            f"the tokenizer has token {int(tokens.max())}, the model's vocabulary ends at {vocab_size - 1}"
-        )
-    return tokens
+    ids = read_ids(tokenizer, text, vocab_size)
+    num = min(NUM_WINDOWS, ids.numel() // WINDOW)
+    return torch.stack([ids[s : s + WINDOW] for s in np.linspace(0, ids.numel() - WINDOW, num).astype(int)])
 
 
 @contextlib.contextmanager
@@ -162,33 +160,24 @@ def _write(
     tokenizer: Tokenizer,
     out: Path,
     layout: BundleLayout,
-    tokens: torch.Tensor,
+    windows: Windows,
     options: PackOptions,
-    kernels: Kernels,
     progress: Progress,
 ) -> None:
     config = checkpoint.config
     header, offsets = bundle_header(config.num_hidden_layers, config.intermediate_size, layout.stride)
-    targets = sorted({*CETT_GRID, options.cett or DEFAULT_CETT})
-    found: list[LayerThresholds] = []
-    sketches: dict[str, np.ndarray] = {}
     with (out / BUNDLES).open("wb") as file:
         file.write(header)
-        for i, layer in enumerate(_layers(checkpoint, tokens)):
-            progress("packing", i / config.num_hidden_layers)
-            _write_records(file, layout, layer.weights)
-            ffn = layer.weights
-            sketch = make_sketch(None if ffn.gate is None else ffn.gate.numpy(), ffn.up.numpy(), ffn.down.numpy())
-            sketches |= sketch.to_arrays(f"layers.{i}.")
-            found.append(_calibrate(config, layer, sketch, targets, kernels))
+        found = _pack_layers(checkpoint, file, layout, windows, options, progress)
         file.flush()
         os.fsync(file.fileno())
-    save_file(sketches, out / SKETCH)
-    save_file(_profile(targets, found), out / PROFILE)
+    save_file(found.sketches, out / SKETCH)
+    save_file(found.profile(), out / PROFILE)
     if options.standalone:
         _copy_resident(checkpoint, out / RESIDENT)
     tokenizer.save(out)
     small = (PROFILE, SKETCH, *((RESIDENT,) if options.standalone else ()))
+    contract = found.contract(options)
     write_manifest(
         Packed(
             path=out,
@@ -198,66 +187,132 @@ def _write(
                 str(checkpoint.path.absolute()), checkpoint.kind, [f.to_json() for f in checkpoint.fingerprint()]
             ),
             standalone=options.standalone,
-            cett=options.cett or DEFAULT_CETT,
+            contract=contract,
             checksums={name: sha256(out / name) for name in small},
             calibration={
                 "text": options.calibration.name,
                 "sha256": hashlib.sha256(options.calibration.read_bytes()).hexdigest(),
-                "tokens": tokens.numel(),
+                "tokens": windows.sizes(),
             },
         )
     )
     progress("packing", 1.0)
 
 
-def _write_records(file: object, layout: BundleLayout, weights: FFNWeights) -> None:
+@torch.inference_mode()
+def _pack_layers(
+    checkpoint: Checkpoint,
+    file: IO[bytes],
+    layout: BundleLayout,
+    windows: Windows,
+    options: PackOptions,
+    progress: Progress,
+) -> _Found:
+    """One pass: every layer is tuned on the text's dense way through it, written, and tried by all candidates."""
+    targets = sorted({*CETT_GRID, *CANDIDATES, *([options.cett] if options.cett else [])})
+    samples = Samples(embed(checkpoint, windows.statistics), embed(checkpoint, windows.thresholds))
+    contract = Contract(checkpoint, windows.validation, targets, [options.cett] if options.cett else CANDIDATES)
+    found = _Found(targets)
+    for layer in layers(checkpoint, windows.length):
+        progress("packing", layer.index / checkpoint.config.num_hidden_layers)
+        tuned = samples.tune(layer, layout, targets)
+        _write_records(file, layout, tuned.layer.ffn)
+        contract.step(tuned)
+        found.add(tuned)
+    found.measured = contract.measure()
+    return found
+
+
+class _Found:
+    """What the layers gave: sketches, arrays of the profile, and the contract."""
+
+    def __init__(self, targets: Sequence[float]) -> None:
+        self.targets = targets
+        self.sketches: dict[str, np.ndarray] = {}
+        self.measured: list[dict[str, Any]] = []
+        self._thresholds: list[LayerThresholds] = []
+        self._arrays: dict[str, list[np.ndarray]] = {"order": [], "down_norm": [], "moved": []}
+        self._sketch_bytes: list[int] = []
+        self._moved_dense = 1.0
+
+    def add(self, tuned: TunedLayer) -> None:
+        self._thresholds.append(tuned.found)
+        self._arrays["order"].append(tuned.order.astype(np.int32))
+        self._arrays["down_norm"].append(tuned.layer.down_norm.numpy())
+        self._arrays["moved"].append(tuned.moved.astype(np.float32))
+        self._moved_dense = tuned.moved_dense
+        wanted = bool(tuned.found.tau.any())  # a layer that is read whole at every target needs no sketch
+        self._sketch_bytes.append(tuned.sketch.num_bytes if wanted else 0)
+        if wanted:
+            self.sketches |= tuned.sketch.to_arrays(f"layers.{len(self._thresholds) - 1}.")
+
+    def profile(self) -> dict[str, np.ndarray]:
+        """Arrays of profile.safetensors, neurons as they lie in the file: targets [C]; pinned_shares [S]; epsilon,
+        active, moved [L, C]; tau, streamed [L, C, S]; frequency [C, L, F]; order, down_norm [L, F]."""
+        names = ("epsilon", "tau", "active", "streamed")
+        stacked = {name: np.stack([getattr(f, name) for f in self._thresholds]) for name in names}
+        frequency = np.stack([f.frequency for f in self._thresholds]).transpose(1, 0, 2)
+        shared = {"targets": np.asarray(self.targets), "pinned_shares": np.asarray(PINNED_SHARES)}
+        return {
+            **shared,
+            "frequency": np.ascontiguousarray(frequency),
+            **stacked,
+            **{name: np.stack(arrays) for name, arrays in self._arrays.items()},
+        }
+
+    def contract(self, options: PackOptions) -> dict[str, Any]:
+        """What was measured, what was chosen, and why, as the manifest keeps it."""
+        chosen = options.cett or choose_cett(self.measured, options.max_ppl_increase)
+        cett = max(_rounded(chosen, self.targets), self.targets[0])
+        right = int(np.searchsorted(self.targets, cett * (1 - 1e-9)))
+        left = right if math.isclose(self.targets[right], cett) else right - 1  # whole at the left: whole between
+        rows = [self._row(i, left) for i in range(len(self._thresholds))]
+        worth = chosen >= self.targets[0] and any(row["sparse_from"] is not None for row in rows)
+        sparse = worth and any(row["sparse"] for row in rows)
+        return {
+            "mode": "sparse" if sparse else "dense",
+            "cett": cett,
+            "max_ppl_increase_percent": None if options.cett else options.max_ppl_increase,
+            "measured": self.measured,
+            "layers": rows,
+            "sketch_bits": SKETCH_BITS,
+            "bytes_moved": {
+                "at_cache_share": REFERENCE_CACHE,
+                "dense": self._moved_dense,
+                "sparse": float(np.mean([row["moved"] for row in rows])),
+            },
+        }
+
+    def _row(self, layer: int, target: int) -> dict[str, Any]:
+        """One layer at the target that is served, and the smallest target at which it is sparse."""
+        found = self._thresholds[layer]
+        sparse_at = [t for t, tau in zip(self.targets, found.tau[:, 0], strict=True) if tau > 0]
+        return {
+            "sparse": bool(found.tau[target, 0] > 0),
+            "sparse_from": min(sparse_at, default=None),
+            "active": float(found.active[target]),
+            "taken": float(found.streamed[target, 0]) if found.tau[target, 0] else 1.0,
+            "moved": float(self._arrays["moved"][layer][target]),
+            "sketch_bytes": self._sketch_bytes[layer],
+        }
+
+
+def _rounded(cett: float, targets: Sequence[float]) -> float:
+    """Down to three digits, unless it is a target but for rounding."""
+    near = [t for t in targets if math.isclose(t, cett, rel_tol=1e-6)]
+    if near or not cett:
+        return near[0] if near else 0.0
+    unit = 10.0 ** (math.floor(math.log10(cett)) - 2)
+    return float(f"{math.floor(cett / unit) * unit:.3g}")
+
+
+def _write_records(file: IO[bytes], layout: BundleLayout, weights: FFNWeights) -> None:
     vectors = {k: v.numpy() for k, v in weights.named() if v is not None}
     try:
         records = pack_records(layout, vectors)
     except ValueError as error:
         raise UnsupportedError(str(error)) from error
-    file.write(records.data)  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer's FFN and what it sees on the calibration text."""
-
-    weights: FFNWeights
-    x: torch.Tensor  # [N, D], normed inputs
-    h: torch.Tensor  # [N, F]
-
-
-@torch.inference_mode()
-def _layers(checkpoint: Checkpoint, tokens: torch.Tensor) -> Iterator[_Layer]:
-    """The dense forward pass over windows [S, T], a layer at a time."""
-    config = checkpoint.config
-    hidden = checkpoint.load("model.embed_tokens.weight")[tokens].float()  # [S, T, D]
-    cos, sin = rope_tables(config, tokens.shape[1])
-    for i in range(config.num_hidden_layers):
-        weights = load_layer(checkpoint, i, torch.float32)
-        hidden = hidden + full_attention(config, weights, hidden, cos, sin)
-        x = rms_norm(hidden, weights.post_attention_layernorm, config.rms_norm_eps)
-        ffn = load_ffn(checkpoint, i)
-        rows = x.flatten(0, 1)  # [N, D]
-        h = DenseFFN(config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(rows)  # [N, F]
-        hidden = hidden + (h @ ffn.down).view_as(hidden)
-        yield _Layer(ffn, rows, h)
-
-
-def _calibrate(
-    config: ModelConfig, layer: _Layer, sketch: Sketch, targets: Sequence[float], kernels: Kernels
-) -> LayerThresholds:
-    predicted = np.empty((layer.x.shape[0], sketch.up_scale.shape[0]), np.float32)
-    kernels.sketch_scores(layer.x.numpy(), sketch, config.hidden_act, predicted)
-    return calibrate_layer(LayerTail(layer.h, layer.weights.down), torch.from_numpy(predicted), targets)
-
-
-def _profile(targets: Sequence[float], found: Sequence[LayerThresholds]) -> dict[str, np.ndarray]:
-    """Arrays of profile.safetensors: targets [C]; epsilon, tau, active, taken [L, C]; frequency [C, L, F]."""
-    stacked = {name: np.stack([getattr(f, name) for f in found]) for name in ("epsilon", "tau", "active", "taken")}
-    frequency = np.stack([f.frequency for f in found]).transpose(1, 0, 2)
-    return {"targets": np.asarray(targets, np.float64), "frequency": np.ascontiguousarray(frequency), **stacked}
+    file.write(records.data)
 
 
 def _copy_resident(checkpoint: Checkpoint, path: Path) -> None:

@@ -2,8 +2,8 @@
 
 manifest.json          version, config, bundle layout, offset of every layer, checksums, the source's fingerprint
 bundles.safetensors    layers.N.bundles uint8 [F, stride], data at a 4 KiB boundary
-profile.safetensors    thresholds and frequencies for each CETT target
-sketch.safetensors     the 4-bit predictor
+profile.safetensors    thresholds and frequencies for each CETT target, the order of the records
+sketch.safetensors     what predicts the neurons of each layer that may be sparse
 resident.safetensors   everything but the FFN; only when standalone, else it is read from the source checkpoint
 tokenizer.json, tokenizer_info.json
 """
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cache.store import BundleFile
 from runtime.config import ModelConfig
 
 FORMAT = "coldstream-packed"
-VERSION = 1
+VERSION = 2
 MANIFEST, BUNDLES, PROFILE, SKETCH, RESIDENT = (
     "manifest.json",
     "bundles.safetensors",
@@ -48,6 +49,28 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class SketchSize:
+    """Bytes of a layer's sketch: a neuron's, and those that do not depend on how many there are."""
+
+    row_bytes: int
+    other_bytes: int
+
+    @classmethod
+    def of(cls, slices: Mapping[str, Any], prefix: str, num_neurons: int) -> SketchSize:
+        """From the tensors of the file whose names begin with `prefix`."""
+        rows = others = 0
+        for name, part in slices.items():
+            if name.startswith(prefix):
+                shape = part.get_shape()
+                num_bytes = math.prod(shape) * _ITEM_BYTES[part.get_dtype()]
+                rows, others = (rows + num_bytes, others) if shape[0] == num_neurons else (rows, others + num_bytes)
+        return cls(rows // num_neurons, others)
+
+
+_ITEM_BYTES = {"U8": 1, "F16": 2, "F32": 4}
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """A packed model whose manifest has been read and whose files have been seen; nothing is loaded."""
 
@@ -56,9 +79,38 @@ class Packed:
     bundles: BundleFile
     source: Source
     standalone: bool
-    cett: float  # the default target
+    contract: dict[str, Any]  # mode and CETT to serve with, and what was measured to choose them
     checksums: dict[str, str]  # sha256 of the small files
     calibration: dict[str, Any]  # text, its hash, tokens
+
+    @property
+    def cett(self) -> float:
+        """The default target."""
+        return float(self.contract["cett"])
+
+    @property
+    def mode(self) -> str:
+        """What `auto` means: sparse, or dense where no layer is worth it."""
+        return str(self.contract["mode"])
+
+    def sparse_layers(self, cett: float) -> list[bool]:
+        """Which layers are sparse at a CETT; the others are read whole."""
+        starts = [row["sparse_from"] for row in self.contract["layers"]]
+        return [start is not None and cett >= start for start in starts]
+
+    def sketch_sizes(self, cett: float) -> list[SketchSize]:
+        """Of the layers that are sparse at a CETT, from the file's header alone. Raises FormatError."""
+        path = self.path / SKETCH
+        try:
+            with safe_open(path, "np") as opened:
+                shapes = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                return [
+                    SketchSize.of(shapes, f"layers.{i}.", self.config.intermediate_size)
+                    for i, sparse in enumerate(self.sparse_layers(cett))
+                    if sparse
+                ]
+        except SafetensorError as error:
+            raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
 
     def read(self, file: str) -> dict[str, np.ndarray]:
         """All tensors of a small file, its checksum verified. Raises FormatError."""
@@ -84,13 +136,15 @@ def open_packed(path: Path) -> Packed:
         config = ModelConfig.from_json(data["config"])
         offsets = tuple(int(o) for o in data["layer_offsets"])
         source = Source(str(data["source"]["path"]), str(data["source"]["kind"]), list(data["source"]["fingerprint"]))
+        contract = dict(data["contract"])
+        _ = float(contract["cett"]), str(contract["mode"]), [row["sparse_from"] for row in contract["layers"]]
         packed = Packed(
             path=path,
             config=config,
             bundles=BundleFile(path / BUNDLES, layout, config.intermediate_size, offsets),
             source=source,
             standalone=bool(data["standalone"]),
-            cett=float(data["cett"]),
+            contract=contract,
             checksums={str(k): str(v) for k, v in data["checksums"].items()},
             calibration=dict(data["calibration"]),
         )
@@ -131,6 +185,8 @@ def _check(packed: Packed) -> None:
         raise FormatError(FormatKind.BAD_SHAPE, f"{manifest}: the bundle layout is not that of the model's FFN")
     if min(packed.bundles.layer_offsets) < 0:
         raise FormatError(FormatKind.BAD_HEADER, f"{manifest}: a negative layer offset")
+    if len(packed.contract["layers"]) != layers or packed.mode not in ("sparse", "dense"):
+        raise FormatError(FormatKind.BAD_HEADER, f"{manifest}: the contract is not that of {layers} layers")
     for name in (PROFILE, SKETCH, *((RESIDENT,) if packed.standalone else ())):
         if name not in packed.checksums:
             raise FormatError(FormatKind.BAD_HEADER, f"{manifest}: no checksum of {name}")
@@ -149,7 +205,7 @@ def write_manifest(packed: Packed) -> None:
         "layer_offsets": list(packed.bundles.layer_offsets),
         "source": {"path": packed.source.path, "kind": packed.source.kind, "fingerprint": packed.source.fingerprint},
         "standalone": packed.standalone,
-        "cett": packed.cett,
+        "contract": packed.contract,
         "checksums": packed.checksums,
         "calibration": packed.calibration,
     }

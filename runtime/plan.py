@@ -16,8 +16,9 @@ the smallest budget that would work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cache.budget import HostMemory, default_budget, format_size, parse_size, smallest_staging_bytes
@@ -25,6 +26,8 @@ from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import BudgetError, ColdstreamError, UnsupportedError
 from runtime.config import ModelConfig
 from runtime.engine_stats import MemoryLevels
+from runtime.packed import SketchSize
+from runtime.placement import pinned_sizes
 
 BLOCK_SIZE = 16  # tokens of a KV block
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -43,6 +46,7 @@ _PROCESS_BYTES = 312 * _MIB  # at least, so that a plan made early and one made 
 _GROWTH_BYTES = 16 * _MIB  # after the measurement, where more than that is measured
 _TOKENIZER_BYTES = 640  # a token of the vocabulary
 _NEURON_BYTES = 48  # slot table 4, owner 4, decayed score 8, its prior 12, threshold and norm 8, temporaries 12
+_SKETCH_BITS = 1.7  # a weight of gate and up, for a model that is not packed yet
 _PIECES_BYTES = 32 * _MIB  # read or dequantised at once while a tensor is loaded
 _PROFILE_BYTES = 64  # a neuron: its frequencies at each calibrated target, while loading
 _REQUEST_BYTES = 64 << 10  # a request's objects, queues and text
@@ -97,6 +101,7 @@ class PlanOptions:
     gpu_memory_bytes: int | None = None
     dtype: str = "auto"  # of resident matrices and KV: auto, bf16, fp32
     mode: str = "sparse"
+    cett: float | None = None  # of a packed model; None: its own
     ffn_cache: FfnCache | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 4
@@ -122,6 +127,7 @@ class Plan:
     disk_bytes: int  # of the packed model; what a checkpoint already holds is not counted again
     smallest_budget_bytes: int  # with these options
     slots_per_layer: tuple[int, ...]
+    num_pinned: int  # neurons of a sparse layer that are always computed, and always resident
     kv_blocks: int
     block_size: int
     max_model_len: int
@@ -171,15 +177,21 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig, layout: BundleLayout, options: PlanOptions, host: HostMemory, process_bytes: int
+    config: ModelConfig,
+    layout: BundleLayout,
+    options: PlanOptions,
+    host: HostMemory,
+    process_bytes: int,
+    sketches: Sequence[SketchSize] | None = None,
 ) -> Plan:
-    """Divides the budget. `process_bytes`: RSS of the process after its imports.
+    """Divides the budget. `process_bytes`: RSS of the process after its imports. `sketches`: of the layers that are
+    sparse, from a packed model; None: not packed yet, every layer is taken to be.
 
     Raises BudgetError (--memory too small, or more than there is), UnsupportedError (an option this version lacks),
     ColdstreamError (an option out of range).
     """
     _check_options(config, options)
-    sizes = _Sizes(config, layout, options, process_bytes)
+    sizes = _Sizes(config, layout, options, process_bytes, _sketch_sizes(config) if sketches is None else sketches)
     smallest = _smallest_budget(sizes)
     budget, source = _budget(options, host, process_bytes)
     if budget < smallest:
@@ -195,6 +207,7 @@ class _Shape:
     num_sequences: int  # full-length ones that KV holds
     staging_bytes: int
     num_slots: int
+    num_pinned: int = 0  # of each sparse layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +218,7 @@ class _Sizes:
     layout: BundleLayout
     options: PlanOptions
     measured_process_bytes: int
+    sketches: Sequence[SketchSize]
 
     @property
     def num_neurons(self) -> int:
@@ -267,7 +281,7 @@ class _Sizes:
             "process.tokenizer": self.config.vocab_size * _TOKENIZER_BYTES,
             **self._resident(shape.max_model_len),
             "kv.blocks": sequence * shape.num_sequences,
-            "predictor.weights": self._predictor_bytes(),
+            "predictor.weights": self._predictor_bytes(shape.num_pinned),
             "slots.records": shape.num_slots * self.layout.stride,
             "staging.buffer": shape.staging_bytes,
             **self._scratch(shape),
@@ -287,19 +301,20 @@ class _Sizes:
             "resident.neuron_tables": self.num_neurons * _NEURON_BYTES,
         }
 
-    def _predictor_bytes(self) -> int:
+    def _predictor_bytes(self, num_pinned: int) -> int:
         if self.options.mode == "dense":
             return 0
         if self.options.mode == "exact":
             item = 2 if self.layout.dtype is BundleDtype.INT8 else self.layout.dtype.item_bytes  # int8 is widened
             return self.num_neurons * self.config.hidden_size * item
-        return self.num_neurons * self.sketch_bytes
+        rows = self.config.intermediate_size - num_pinned
+        ids = 4 if num_pinned else 0  # whose rows they are, at most
+        return sum(s.other_bytes + rows * (s.row_bytes + ids) for s in self.sketches)
 
     @property
-    def sketch_bytes(self) -> int:
-        """4-bit codes of a neuron's gate and up, a scale for each, the norm of its down vector."""
-        vectors = 2 if self.layout.gated else 1
-        return vectors * (-(-self.config.hidden_size // 2) + 4) + 4
+    def pinned_sizes(self) -> tuple[int, ...]:
+        """Of a sparse layer, largest first: those that thresholds were calibrated for."""
+        return tuple(reversed(pinned_sizes(self.config.intermediate_size))) if self.options.mode == "sparse" else (0,)
 
     def _scratch(self, shape: _Shape) -> dict[str, int]:
         """What comes and goes. The phases of a step follow each other, so the largest counts.
@@ -381,7 +396,17 @@ class _Sizes:
 
     def disk_bytes(self) -> int:
         """Estimated from shapes: records, sketch, frequencies at each target; 16 MiB for all that is small."""
-        return self.num_neurons * (self.layout.stride + self.sketch_bytes + _PROFILE_BYTES) + 16 * _MIB
+        return self.num_neurons * (self.layout.stride + sketch_row_bytes(self.config) + _PROFILE_BYTES) + 16 * _MIB
+
+
+def sketch_row_bytes(config: ModelConfig) -> int:
+    """Bytes of a neuron's sketch, estimated from the shape: codes, a scale and a bias a row, the norm of down."""
+    vectors = 2 if config.gated else 1
+    return vectors * (math.ceil(_SKETCH_BITS * config.hidden_size / 8) + 2 + 4) + 2
+
+
+def _sketch_sizes(config: ModelConfig) -> list[SketchSize]:
+    return [SketchSize(sketch_row_bytes(config), 6 * config.hidden_size + 16)] * config.num_hidden_layers
 
 
 def _check_options(config: ModelConfig, options: PlanOptions) -> None:
@@ -449,15 +474,20 @@ def _too_small(sizes: _Sizes, budget: int, source: str, smallest: int) -> str:
 
 
 def _divide(sizes: _Sizes, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
+    """The largest pinned set that the slots hold: it needs no sketch, and the others pass a higher threshold."""
+    shapes = (_shape(sizes, budget - _headroom(budget), num_pinned) for num_pinned in sizes.pinned_sizes)
+    shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
+    return _plan(sizes, shape, budget, source, smallest, host)
+
+
+def _shape(sizes: _Sizes, room: int, num_pinned: int) -> _Shape:
     """The table of contents: context, staging, sequences, slots, and what is left to sequences again."""
-    room = budget - _headroom(budget)
-    shape = _smallest_shape(sizes, _choose_length(sizes, room))
+    shape = replace(_smallest_shape(sizes, _choose_length(sizes, room)), num_pinned=num_pinned)
     shape = _more_staging(sizes, shape, room)
     shape = _more_sequences(sizes, shape, _part(sizes, shape, room))
     if sizes.options.ffn_cache is None:
         shape = _more_slots(sizes, shape, room)
-    shape = _more_sequences(sizes, shape, room)
-    return _plan(sizes, shape, budget, source, smallest, host)
+    return _more_sequences(sizes, shape, room)
 
 
 def _part(sizes: _Sizes, shape: _Shape, room: int) -> int:
@@ -476,7 +506,7 @@ def _choose_length(sizes: _Sizes, room: int) -> int:
 def _more_staging(sizes: _Sizes, shape: _Shape, room: int) -> _Shape:
     bound = _part(sizes, shape, room)
     for staging in _stagings(sizes):
-        larger = _Shape(shape.max_model_len, shape.num_sequences, staging, shape.num_slots)
+        larger = replace(shape, staging_bytes=staging)
         if sizes.total(larger) <= bound:
             return larger
     return shape
@@ -495,16 +525,16 @@ def _more_sequences(sizes: _Sizes, shape: _Shape, bound: int) -> _Shape:
     sequence = sizes.kv_bytes(shape.max_model_len)
     more = max(0, sizes.left(shape, bound)) // sequence
     num = min(sizes.options.max_num_seqs, shape.num_sequences + more)
-    return _Shape(shape.max_model_len, num, shape.staging_bytes, shape.num_slots)
+    return replace(shape, num_sequences=num)
 
 
 def _more_slots(sizes: _Sizes, shape: _Shape, room: int) -> _Shape:
-    everything = _Shape(shape.max_model_len, shape.num_sequences, shape.staging_bytes, sizes.num_neurons)
+    everything = replace(shape, num_slots=sizes.num_neurons)
     if sizes.total(everything) <= room:
         return everything
     left = sizes.left(shape, room)
     num = min(left // sizes.layout.stride, sizes.most_partial_slots)
-    return _Shape(shape.max_model_len, shape.num_sequences, shape.staging_bytes, max(0, num))
+    return replace(shape, num_slots=max(0, num))
 
 
 def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
@@ -525,6 +555,7 @@ def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int,
         disk_bytes=sizes.disk_bytes(),
         smallest_budget_bytes=smallest,
         slots_per_layer=_spread(shape.num_slots, sizes.config.num_hidden_layers),
+        num_pinned=shape.num_pinned,
         kv_blocks=sizes.blocks(shape.max_model_len) * shape.num_sequences,
         block_size=BLOCK_SIZE,
         max_model_len=shape.max_model_len,

@@ -11,50 +11,52 @@ from typing import Protocol
 import numpy as np
 
 from runtime.kernels import Kernels
-from runtime.kernels.sketch import Sketch
+from runtime.sketches import PlaneSketch
 
 PROVABLE = ("relu", "relu2")  # activations that are exactly zero for half of their inputs
 
 
 class Predictor(Protocol):
-    """predict(layer, x fp32 [B, D]) -> bool [B, F]; the array is reused by the next call."""
+    """predict(layer, x fp32 [B, D]) -> bool [B, F], or None: the whole layer, unasked. The array is reused by the next
+    call. num_bytes: all it keeps in memory."""
 
     name: str
     num_bytes: int
 
-    def predict(self, layer: int, x: np.ndarray) -> np.ndarray: ...
+    def predict(self, layer: int, x: np.ndarray) -> np.ndarray | None: ...
 
 
-class SketchPredictor:
-    """Scores from 4-bit copies of gate and up: taken iff the predicted output magnitude reaches the threshold.
+class PlanePredictor:
+    """Scores from sketches of gate and up: taken iff pinned, or the predicted output magnitude reaches the threshold.
 
-    thresholds: one a layer, found by calibration on predicted scores, so that the CETT of what is *not taken*,
-    predictor errors included, meets the target. A threshold of 0 takes the whole layer.
-    Cost: 4 bits a weight of gate and up, and three fp32 a neuron.
+    sketches: one a layer, without the pinned rows; None: the layer is always computed whole. thresholds [L]: found by
+    calibration on predicted scores, so that the CETT of what is *not taken*, misses included, meets the target beside
+    this very pinned set: the first `num_pinned` neurons of every layer.
     """
 
-    name = "sketch4"
+    name = "planes"
 
-    def __init__(self, sketches: Sequence[Sketch], thresholds: np.ndarray, act: str, kernels: Kernels) -> None:
+    def __init__(
+        self, sketches: Sequence[PlaneSketch | None], thresholds: np.ndarray, num_pinned: int, kernels: Kernels
+    ) -> None:
         self._sketches = sketches
         self._thresholds = thresholds.astype(np.float32)
-        self._act = act
+        self._num_pinned = num_pinned
         self._kernels = kernels
-        self._scores = np.empty((0, 0), np.float32)
-        self.num_bytes = sum(s.num_bytes for s in sketches)
+        self._mask, self._scores = np.empty((0, 0), bool), np.empty((0, 0), np.float32)
+        self.num_bytes = sum(s.num_bytes for s in sketches if s is not None)
 
-    @property
-    def down_norms(self) -> np.ndarray:
-        """||down_i|| of every neuron, float32 [L, F]."""
-        return np.stack([s.down_norm for s in self._sketches])
-
-    def predict(self, layer: int, x: np.ndarray) -> np.ndarray:
+    def predict(self, layer: int, x: np.ndarray) -> np.ndarray | None:
         sketch = self._sketches[layer]
-        shape = (x.shape[0], sketch.up_scale.shape[0])
-        if self._scores.shape != shape:
-            self._scores = np.empty(shape, np.float32)
-        self._kernels.sketch_scores(x, sketch, self._act, self._scores)
-        return np.asarray(self._scores >= self._thresholds[layer])
+        if sketch is None:
+            return None
+        shape = (x.shape[0], sketch.num_neurons)
+        if self._mask.shape != shape:
+            self._mask = np.ones(shape, bool)  # the pinned columns stay as they are
+            self._scores = np.empty((shape[0], shape[1] - self._num_pinned), np.float32)
+        self._kernels.plane_scores(x, sketch, self._scores)
+        np.greater_equal(self._scores, self._thresholds[layer], out=self._mask[:, self._num_pinned :])
+        return self._mask
 
 
 class ResidentGatePredictor:

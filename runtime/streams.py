@@ -76,6 +76,7 @@ class Seen:
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [N, D], magnitudes [N, F] -> kept, bool [N, F]
+Watch = Callable[[torch.Tensor, torch.Tensor], None]  # x [N, D], the neurons' factors [N, F]
 
 
 class Track:
@@ -86,13 +87,15 @@ class Track:
         self._ahead = self.hidden  # the residual at the FFN one layer before
         self.kept_shares: list[float] = []  # of each layer's neurons
 
-    def step(self, layer: Layer, rule: Rule | None = None) -> None:
-        """Through one layer, a window at a time."""
+    def step(self, layer: Layer, rule: Rule | None = None, watch: Watch | None = None) -> None:
+        """Through one layer, a window at a time; `watch` is shown each window before the rule is applied."""
         kept = 0
         for i in range(self.hidden.shape[0]):
             after = layer.attend(self.hidden[i : i + 1])
             x = layer.norm(after)
             h = layer.neurons(x)
+            if watch is not None:
+                watch(x, h)
             if rule is not None:
                 mask = rule(x, h.abs() * layer.down_norm)
                 kept += int(mask.count_nonzero())

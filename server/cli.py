@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from cache.errors import ColdstreamError, UnsupportedError
 from runtime.plan import FfnCache
+from server.contract_table import show_contract
 from server.load_bar import LoadBar
 from server.plan_table import plan_table
 from server.settings import (
@@ -139,7 +140,13 @@ def prepare(
         Path | None, _option("--out", "Directory of the packed model; in the cache directory, unless given")
     ] = None,
     calibration: Annotated[Path | None, _option("--calibration", "Text to find thresholds on; one comes along")] = None,
-    cett: Annotated[float | None, _option("--cett", "Default error of mode sparse for this model")] = None,
+    cett: Annotated[
+        float | None, _option("--cett", "Error that mode sparse makes by default, instead of choosing it")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        _option("--max-ppl-increase", "Percent of perplexity that mode sparse may cost: chooses its error"),
+    ] = None,
     bundles: Annotated[Bundles | None, _option("--bundles", "Numbers of the FFN on disk")] = None,
     standalone: Annotated[bool | None, _option("--standalone", "Copy all that is needed of the checkpoint")] = None,
 ) -> None:
@@ -147,11 +154,26 @@ def prepare(
     settings = read_settings(ctx.params)
     name = _required_model(settings)
     from runtime.load import prepare as run
+    from runtime.packed import open_packed
 
     with LoadBar(_console()) as bar:
         path = run(
-            name, settings.out, settings.calibration, settings.cett, settings.bundles, settings.standalone, bar.update
+            name,
+            settings.out,
+            settings.calibration,
+            settings.cett,
+            settings.bundles,
+            settings.standalone,
+            bar.update,
+            settings.max_ppl_increase,
         )
+    packed = open_packed(path)
+    show_contract(
+        _console(),
+        packed.contract,
+        packed.bundles.num_layers * packed.bundles.layer_bytes,
+        packed.calibration["tokens"],
+    )
     _console().print(f"packed: {escape(str(path))}", highlight=False, soft_wrap=True)
     typer.echo(path)
 

@@ -27,7 +27,7 @@ Act = Literal["relu2", "relu", "drelu"]
 Bundles = Literal["auto", "bf16", "fp16", "fp32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp32"]
-Mode = Literal["sparse", "exact", "dense"]
+Mode = Literal["auto", "sparse", "exact", "dense"]
 LogFormat = Literal["text", "json"]
 
 
@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     # prepare
     out: Path | None = None
     calibration: Path | None = None
+    max_ppl_increase: Annotated[float, Field(gt=0, le=100)] = 1.0
     bundles: Bundles = "auto"
     standalone: bool = False
     # what runs a model
@@ -86,7 +87,7 @@ class Settings(BaseSettings):
     device: Device = "auto"
     dtype: Dtype = "auto"
     threads: Positive | None = None
-    mode: Mode = "sparse"
+    mode: Mode = "auto"
     cett: Cett | None = None
     ffn_cache: Share | None = None
     max_model_len: Positive | None = None
@@ -213,6 +214,7 @@ def plan_options(settings: Settings) -> PlanOptions:
         gpu_memory_bytes=settings.gpu_memory,
         dtype=settings.dtype,
         mode=settings.mode,
+        cett=settings.cett,
         ffn_cache=settings.ffn_cache,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

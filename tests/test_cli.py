@@ -44,7 +44,7 @@ def coldstream(*args: str, **variables: str) -> subprocess.CompletedProcess[str]
 
 
 COMMANDS = {
-    "prepare": ["--out", "--calibration", "--cett", "--bundles", "--standalone"],
+    "prepare": ["--out", "--calibration", "--cett", "--max-ppl-increase", "--bundles", "--standalone"],
     "plan": ["--memory", "--gpu-memory", "--json"],
     "serve": [
         *("--host", "--port", "--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett"),
@@ -89,7 +89,15 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default(monkeypatch:
 
 def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
-        **{"model": "m", "out": "o", "calibration": "c", "bundles": "int8", "standalone": "1", "memory": "3GiB"},
+        **{
+            "model": "m",
+            "out": "o",
+            "calibration": "c",
+            "bundles": "int8",
+            "standalone": "1",
+            "memory": "3GiB",
+            "max_ppl_increase": "2.5",
+        },
         **{"gpu_memory": "800MB", "device": "cpu", "dtype": "fp32", "threads": "2", "mode": "dense", "cett": "0.2"},
         **{"ffn_cache": "25%", "max_model_len": "128", "max_num_seqs": "2", "host": "::", "port": "1", "api_key": "k"},
         **{

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache.bundle import unpack_vector
 from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, UnsupportedError
 from runtime.bench import measure
 from runtime.load import Loaded, LoadOptions, load, prepare
@@ -90,29 +91,80 @@ def test_exact_equals_dense_and_reads_less(family: str, tmp_path: Path, request:
     assert needed["exact"] < 0.8 * needed["dense"]
 
 
-def test_sparse_text_does_not_depend_on_the_cache(tmp_path: Path, tiny_relu2: Any) -> None:
-    """The active set is a function of the input: the same text at any cache size, read ahead or not."""
+def texts_of(
+    model: Path, share: str, order: list[int], lookahead: str = "none"
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Each prompt's text at a cache size, run in `order` (an index may come again), and what the engine tells."""
+    options = LoadOptions(dtype="fp32", ffn_cache=FfnCache.parse(share), lookahead=lookahead)
+    loaded = load(str(model), options, quiet)
+    loaded.engine.start()
+    found = [generate(loaded, PROMPTS[i], 24) for i in order]
+    counters = loaded.model.counters()
+    assert counters.steps["sparse"] > 0 and counters.predicted_neurons > 0
+    assert (loaded.cache.snapshot().prefetch_used_bytes > 0) == (lookahead == "attention")
+    loaded.engine.shutdown(0)
+    loaded.close()
+    return found, loaded.info
+
+
+def test_sparse_text_does_not_depend_on_what_the_cache_holds(tmp_path: Path, tiny_relu2: Any) -> None:
+    """The active set is a function of the input and the pinned set: as long as that is the same, so is the text, at any
+    cache size, read ahead or not, and whatever passed through the cache before."""
     checkpoint, _, text = tiny_relu2
     model = packed(checkpoint, tmp_path / "packed", text, bundles="fp32", cett=0.15)
-    texts = []
-    for share, lookahead in (
-        ("0%", "none"),
-        ("20%", "none"),
-        ("100%", "none"),
-        ("0%", "attention"),
-        ("20%", "attention"),
-    ):
-        options = LoadOptions(dtype="fp32", ffn_cache=FfnCache.parse(share), lookahead=lookahead)
-        loaded = load(str(model), options, quiet)
-        assert loaded.info["cett"] == 0.15
-        loaded.engine.start()
-        texts.append([generate(loaded, p, 24) for p in PROMPTS])
-        counters = loaded.model.counters()
-        assert counters.steps["sparse"] > 0 and counters.predicted_neurons > 0
-        assert (loaded.cache.snapshot().prefetch_used_bytes > 0) == (lookahead == "attention")
-        loaded.engine.shutdown(0)
-        loaded.close()
-    assert all(text == texts[0] for text in texts)
+    nothing, info = texts_of(model, "0%", [0, 1, 2, 3, 4])
+    assert info["cett"] == 0.15 and info["pinned_share"] == 0 and info["sparse_layers"] == 3
+    assert texts_of(model, "8%", [0, 1, 2, 3, 4])[0] == nothing
+    assert texts_of(model, "0%", [0, 1, 2, 3, 4], "attention")[0] == nothing
+    fresh, info = texts_of(model, "35%", [0, 1, 2, 3, 4])
+    assert info["pinned_share"] == pytest.approx(0.3, abs=0.01)
+    again, _ = texts_of(model, "38%", [4, 3, 2, 1, 0, 2], "attention")
+    assert again == [*reversed(fresh), fresh[2]]
+
+
+def test_pinned_neurons_never_leave(tmp_path: Path, tiny_relu2: Any) -> None:
+    checkpoint, _, text = tiny_relu2
+    model = packed(checkpoint, tmp_path / "packed", text, cett=0.15)
+    loaded = load(str(model), LoadOptions(ffn_cache=FfnCache.parse("25%")), quiet)
+    loaded.engine.start()
+    generate(loaded, PROMPTS[2], 64)
+    loaded.engine.shutdown(0)
+    assert loaded.cache.snapshot().tiers["cpu"].evictions > 0
+    pinned = loaded.plan.num_pinned
+    assert pinned == round(0.2 * 136)
+    for layer in range(3):
+        assert set(range(pinned)) <= set(loaded.cache.resident(layer).tolist())
+    loaded.close()
+
+
+def test_records_lie_in_the_order_that_the_profile_tells(tmp_path: Path, tiny_relu2: Any) -> None:
+    checkpoint, reference, text = tiny_relu2
+    opened = open_packed(packed(checkpoint, tmp_path / "packed", text, bundles="fp32"))
+    order = opened.read(PROFILE)["order"]
+    for layer in range(3):
+        assert sorted(order[layer].tolist()) == list(range(136)) and order[layer].tolist() != list(range(136))
+        records = np.concatenate([r.copy() for _, r in opened.bundles.pieces(layer)])
+        up = reference.model.layers[layer].mlp.up_proj.weight.detach().numpy()
+        np.testing.assert_array_equal(unpack_vector(opened.bundles.layout, records, "up"), up[order[layer]])
+
+
+def test_the_contract_is_kept_with_the_model(tmp_path: Path, tiny_relu2: Any, tiny_llama: Any) -> None:
+    """Paired perplexities of rising CETT, the choice between them, and what each layer does."""
+    checkpoint, _, text = tiny_relu2
+    strict = open_packed(packed(checkpoint, tmp_path / "strict", text, max_ppl_increase=1e-6))
+    assert strict.mode == "dense"  # nothing costs so little
+    assert load(str(strict.path), LoadOptions(), quiet).info["mode"] == "dense"
+    loose = open_packed(packed(checkpoint, tmp_path / "loose", text, max_ppl_increase=50.0))
+    assert loose.mode == "sparse" and 0.05 <= loose.cett <= 0.2
+    dense, *measured = loose.contract["measured"]
+    assert dense["cett"] == 0 and [row["cett"] for row in measured] == [0.02, 0.03, 0.05, 0.1, 0.2]
+    assert all(0 < row["taken_share"] <= 1 for row in measured if row["increase_percent"] is not None)
+    assert all(row["sparse"] and row["moved"] < 0.53 for row in loose.contract["layers"])
+    assert [s.row_bytes > 0 for s in loose.sketch_sizes(loose.cett)] == [True] * 3
+    loaded = load(str(loose.path), LoadOptions(), quiet)
+    assert loaded.info["contract"]["measured"] == loose.contract["measured"]  # type: ignore[index]
+    assert loaded.info["mode"] == "sparse" and loaded.info["predictor_bytes"] <= loaded.plan.predictor_bytes
+    loaded.close()
 
 
 def test_a_lower_cett_takes_more_neurons(tmp_path: Path, tiny_relu2: Any) -> None:
@@ -153,9 +205,9 @@ def model(tmp_path: Path, tiny_llama: Any) -> Path:
     return packed(checkpoint, tmp_path / "packed", text)
 
 
-def refused(model: Path, kind: FormatKind, says: str) -> None:
+def refused(model: Path, kind: FormatKind, says: str, mode: str = "auto") -> None:
     with pytest.raises(FormatError) as caught:
-        load(str(model), LoadOptions(), quiet).close()
+        load(str(model), LoadOptions(mode=mode), quiet).close()
     assert caught.value.kind is kind
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
@@ -201,7 +253,7 @@ def test_truncated_bundles_and_missing_files(model: Path) -> None:
     (model / BUNDLES).write_bytes(bundles)
     sketch = (model / SKETCH).read_bytes()
     (model / SKETCH).write_bytes(sketch[:-1] + b"\x01")
-    refused(model, FormatKind.BAD_CHECKSUM, SKETCH)
+    refused(model, FormatKind.BAD_CHECKSUM, SKETCH, "sparse")
     (model / SKETCH).write_bytes(sketch)
     (model / PROFILE).unlink()
     refused(model, FormatKind.MISSING_FILE, PROFILE)

@@ -1,0 +1,82 @@
+"""What mode sparse takes from a packed model at a CETT: predictor, pinned set, thresholds, and who is needed how often.
+
+Knows the profile's arrays and the sketches' file; not how they came about, and not what is resident.
+Shapes: L layers, F neurons, C calibrated targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.errors import ColdstreamError, FormatError, FormatKind
+from runtime.kernels import Kernels
+from runtime.packed import SKETCH, Packed
+from runtime.placement import pinned_sizes
+from runtime.predictor import PlanePredictor
+from runtime.sketches import PlaneSketch
+
+_ALWAYS = 2.0  # more often than always: pinned neurons come first when slots are shared out
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """frequency [L, F]: share of tokens that need a neuron; a layer that is read whole has ones. active_at [L, F]: what
+    a neuron's factor must reach to count as active. pinned: of each layer the first so many."""
+
+    predictor: PlanePredictor
+    frequency: np.ndarray
+    active_at: np.ndarray
+    pinned: tuple[int, ...]
+
+
+def sparse_setup(
+    packed: Packed, profile: Mapping[str, np.ndarray], cett: float, num_pinned: int, kernels: Kernels
+) -> Sparse:
+    """num_pinned: of every sparse layer, one of `pinned_sizes`. Raises ColdstreamError for a CETT that was not
+    calibrated, FormatError."""
+    targets = profile["targets"]
+    which = pinned_sizes(packed.config.intermediate_size).index(num_pinned)
+    tau = interpolate(targets, profile["tau"][:, :, which], cett)
+    sparse = np.asarray(packed.sparse_layers(cett)) & (tau > 0)
+    pinned = tuple(num_pinned if s else 0 for s in sparse)
+    nearest = int(np.abs(np.log(targets / cett)).argmin())
+    frequency = np.where(sparse[:, None], profile["frequency"][nearest], np.float32(1))
+    for layer, num in enumerate(pinned):
+        frequency[layer, :num] = _ALWAYS
+    epsilon = interpolate(targets, profile["epsilon"], cett)
+    active_at = np.asarray(epsilon[:, None] / np.maximum(profile["down_norm"], 1e-30), np.float32)
+    sketches = _sketches(packed, sparse, num_pinned)
+    return Sparse(PlanePredictor(sketches, tau, num_pinned, kernels), frequency, active_at, pinned)
+
+
+def _sketches(packed: Packed, sparse: np.ndarray, num_pinned: int) -> list[PlaneSketch | None]:
+    """Without the rows of pinned neurons; None for a layer that is read whole."""
+    arrays, num = packed.read(SKETCH), packed.config.intermediate_size
+    pinned = np.arange(num) < num_pinned
+    try:
+        whole = [
+            PlaneSketch.from_arrays(arrays, f"layers.{i}.", packed.config.hidden_act, num) if wanted else None
+            for i, wanted in enumerate(sparse)
+        ]
+    except ValueError as error:
+        raise FormatError(FormatKind.BAD_SHAPE, f"{packed.path / SKETCH}: {error}") from error
+    return [s if s is None or not num_pinned else s.without(pinned) for s in whole]
+
+
+def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.ndarray:
+    """Thresholds [L] for a CETT between two calibrated targets, on logarithms; thresholds [L, C].
+
+    A layer that is whole at the lower target stays whole. Raises ColdstreamError outside of the calibrated range.
+    """
+    if not targets[0] <= cett <= targets[-1]:
+        raise ColdstreamError(f"--cett {cett:g}: this model was prepared for {targets[0]:g} to {targets[-1]:g}")
+    right = int(np.searchsorted(targets, cett))
+    if targets[right] == cett:
+        return np.asarray(thresholds[:, right])
+    share = np.log(cett / targets[right - 1]) / np.log(targets[right] / targets[right - 1])
+    low, high = thresholds[:, right - 1].astype(np.float64), thresholds[:, right].astype(np.float64)
+    mixed = np.exp((1 - share) * np.log(np.maximum(low, 1e-38)) + share * np.log(np.maximum(high, 1e-38)))
+    return np.where(low > 0, mixed, 0.0).astype(np.float32)
