@@ -104,7 +104,7 @@ class Client:
             action = self._rng.choices([*self._actions], [*self._actions.values()])[0]
             try:
                 action()
-            except httpx.HTTPError as error:
+            except Exception as error:  # a client must not fall silent: what it did not expect is a finding
                 self._books.complain(f"{action.__name__}: {type(error).__name__} {error}")
             self._books.note(action.__name__)
         self._http.close()
@@ -125,8 +125,10 @@ class Client:
         form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA | {"additionalProperties": False}}}
         messages = [{"role": "user", "content": self._words()}]
         answer = self._post("/v1/chat/completions", {"messages": messages, "max_tokens": 16, "response_format": form})
-        if answer is not None and not 0 <= json.loads(answer["choices"][0]["message"]["content"])["n"] <= 9:
-            self._books.complain("schema: the answer does not fit")
+        if answer is not None and answer["choices"][0]["finish_reason"] == "stop":
+            text = answer["choices"][0]["message"]["content"]
+            if json.loads(text)["n"] not in range(10):
+                self._books.complain(f"schema: {text!r} does not fit")
 
     def streamed(self) -> None:
         messages = [{"role": "user", "content": self._words()}]
@@ -292,11 +294,12 @@ class Faults:
             self._provoke("corrupted", lambda: None)
 
     def _provoke(self, name: str, start: Callable[[], None]) -> None:
-        """Until some request has met the fault, ours or another."""
+        """Until some request has met the fault, ours or another; what only met reads that nobody waits for any more (of
+        a client that has left) is started again."""
         before = failures(self._served.url)
-        start()
         deadline = time.monotonic() + PROVOKE_S
         while time.monotonic() < deadline:
+            start()
             response = self._http.post("/v1/completions", json={**REFERENCE, "prompt": f"{time.monotonic()} is"})
             if response.status_code == 500 and not is_injected(response.text):
                 self._books.complain(f"{name}: {response.text[:300]}")

@@ -73,6 +73,7 @@ class Answer:
         return {
             "outcome": ",".join(sorted({choice.outcome for choice in self.choices})),
             "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self._cached_tokens(),
             "completion_tokens": sum(choice.num_tokens for choice in self.choices),
             **(account_json(accounts) if accounts else {}),  # unknown when the client has left
         }

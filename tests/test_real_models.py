@@ -6,6 +6,7 @@ of `coldstream prepare`, in a fraction of the time. The full figures are those o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,6 +211,22 @@ def test_logits_are_those_of_transformers(
     error = (found - expected[50:]).norm(dim=1) / expected[50:].norm(dim=1)
     record_property("largest_relative_error", float(error.max()))
     assert float(error.max()) < 1e-3
+
+
+def test_answers_fit_a_schema_and_make_sense(dense: Loaded) -> None:
+    properties = {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer", "minimum": 0}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    question = "Name a large city and its population, as JSON with the keys city and population."
+    ids = dense.tokenizer.encode_parts(render_chat(dense.tokenizer, [{"role": "user", "content": question}]))
+    for number, form in enumerate((schema, {"type": "object"})):
+        params = SamplingParams(max_tokens=80, temperature=0.0, json_schema=json.dumps(form))
+        events = list(dense.engine.generate(Request(f"schema-{number}", tuple(ids), params)))
+        answer = dense.tokenizer.decode([e.token_id for e in events if e.token_id is not None])
+        assert answer.startswith("{") and events[-1].error is None
+        if form is schema:
+            value = json.loads(answer)
+            assert events[-1].finish_reason is FinishReason.STOP, answer
+            assert value["city"].strip() and type(value["population"]) is int
 
 
 def test_sparse_perplexity_and_shares_are_sane(real: RealModel) -> None:
