@@ -649,6 +649,22 @@ def test_attention_checks_its_table(kernels: Kernels) -> None:
         kernels.paged_attention(q[:3], kv, kv, np.zeros(1, np.int32), 16, out[:3], 1.0)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_read_through_reads_everything_once(name: str) -> None:
+    kernels = choose(name, 3)
+    from runtime.kernels.native import NativeKernels
+
+    assert isinstance(kernels, NativeKernels)
+    step = 256
+    data = np.ones((5 << 20) // step * step, np.uint8)
+    words = data.view(np.int32).sum(dtype=np.int64)
+    assert (kernels.read_through(data) - words) % (1 << 32) == 0
+    data[:4] = 0  # the first word counts, and so does the last
+    data[-4:] = 0
+    assert (kernels.read_through(data) - words + 2 * 0x01010101) % (1 << 32) == 0
+    assert kernels.read_through(data[:0]) == 0
+
+
 def test_select() -> None:
     assert select("reference").name == "reference"
     assert select().name in NAMES

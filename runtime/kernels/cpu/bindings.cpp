@@ -258,6 +258,14 @@ class CpuKernels {
     table_->paged_attention(a, pool_->team());
   }
 
+  int64_t read_through(const Vector<const uint8_t>& data) {
+    int64_t sum = 0;
+    const nb::gil_scoped_release released;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    table_->read_through(ReadArgs{data.data(), dim(data, 0), &sum}, pool_->team());
+    return sum;
+  }
+
  private:
   const float* padded_rows(const float* x, int64_t num, int64_t width) {
     const int64_t ld = padded(width);
@@ -303,5 +311,6 @@ NB_MODULE(_cpu, m) {
            "up"_a.noconvert(), "down_norm"_a.noconvert().none(), "act"_a, "out"_a.noconvert())
       .def("linear", &CpuKernels::linear, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert())
       .def("paged_attention", &CpuKernels::paged_attention, "q"_a.noconvert(), "keys"_a.noconvert(),
-           "values"_a.noconvert(), "block_table"_a.noconvert(), "num_tokens"_a, "out"_a.noconvert(), "scale"_a);
+           "values"_a.noconvert(), "block_table"_a.noconvert(), "num_tokens"_a, "out"_a.noconvert(), "scale"_a)
+      .def("read_through", &CpuKernels::read_through, "data"_a.noconvert());
 }

@@ -109,6 +109,12 @@ struct AttentionArgs {
   float* out;      // [num_heads, head_dim]
 };
 
+struct ReadArgs {
+  const uint8_t* data;
+  int64_t bytes;
+  int64_t* sum;  // added to
+};
+
 struct KernelTable {
   const char* name;
   void (*ffn)(const FfnArgs&, const Team&);
@@ -116,6 +122,7 @@ struct KernelTable {
   void (*plane_scores)(const PlaneArgs&, const Team&);
   void (*linear)(const LinearArgs&, const Team&);
   void (*paged_attention)(const AttentionArgs&, const Team&);
+  void (*read_through)(const ReadArgs&, const Team&);
 };
 
 extern const KernelTable generic_kernels;

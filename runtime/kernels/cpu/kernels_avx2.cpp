@@ -6,5 +6,6 @@
 namespace coldstream {
 extern const KernelTable avx2_kernels;
 const KernelTable avx2_kernels = {
-    "avx2", avx2::ffn, avx2::sketch_scores, avx2::plane_scores, avx2::linear, avx2::paged_attention};
+    "avx2", avx2::ffn, avx2::sketch_scores, avx2::plane_scores, avx2::linear, avx2::paged_attention,
+    avx2::read_through};
 }  // namespace coldstream

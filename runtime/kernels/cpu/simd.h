@@ -68,6 +68,7 @@ inline vs add_where_set(vs a, const uint8_t* bits, vs z) {
   return _mm512_mask_add_epi16(a, mask, a, z);
 }
 inline vi no_words() { return _mm512_setzero_si512(); }
+inline vi add_words(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi add_widened(vi sum, vs a) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, _mm512_set1_epi16(1)));
 }
@@ -133,6 +134,7 @@ inline vs where_set(const uint8_t* bits, vs z) {
 }
 inline vs add_where_set(vs a, const uint8_t* bits, vs z) { return _mm256_add_epi16(a, where_set(bits, z)); }
 inline vi no_words() { return _mm256_setzero_si256(); }
+inline vi add_words(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi add_widened(vi sum, vs a) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, _mm256_set1_epi16(1)));
 }
@@ -210,8 +212,9 @@ inline vs where_set(const uint8_t* bits, vs z) {
 }
 inline vs add_where_set(vs a, const uint8_t* bits, vs z) { return a + where_set(bits, z); }
 inline vi no_words() { return vi{0, 0, 0, 0}; }
+inline vi add_words(vi a, vu b) { return (vi)((vu)a + b); }
 inline vi add_widened(vi sum, vs a) { return sum + (((vi)a << 16) >> 16) + ((vi)a >> 16); }
-inline int32_t sum_words(vi a) { return a[0] + a[1] + a[2] + a[3]; }
+inline int32_t sum_words(vi a) { return (int32_t)((uint32_t)a[0] + (uint32_t)a[1] + (uint32_t)a[2] + (uint32_t)a[3]); }
 
 #endif
 
