@@ -19,7 +19,7 @@ import numpy as np
 
 from cache.arena import new_arena
 from cache.errors import ReadError
-from cache.reader import Reader
+from cache.reader import Reader, ReaderInfo
 
 VERSION = 2
 NAME = "device.json"  # beside the file
@@ -116,13 +116,25 @@ def device_curve(path: Path, engine: str = "auto") -> DeviceCurve | None:
     """
     if path.stat().st_size < SMALLEST_FILE_BYTES:
         return None
-    way, device, store = _way(path, engine), device_of(path), path.parent / NAME
+    way, device, store = reader_info(path, engine).engine, device_of(path), path.parent / NAME
     stored = _stored(store)
     if stored is not None and stored.device == device and way in stored.ways:
         return stored
     curve = DeviceCurve(device, dict(_measured(path, engine)))
     _store(curve, store)
     return curve
+
+
+def reader_info(path: Path, engine: str = "auto") -> ReaderInfo:
+    """How a file is read with `engine`, found by opening it. Raises ReadError."""
+    with _opened(path, engine) as reader:
+        return reader.info
+
+
+def cost_and_gap(curve: DeviceCurve | None, way: str) -> tuple[ReadCost, int]:
+    """What reads cost in a way, and the bytes worth reading to save a request; defaults where nothing was measured."""
+    cost = None if curve is None else curve.cost(way)
+    return (DEFAULT_READ_COST, DEFAULT_MERGE_GAP_BYTES) if cost is None else (cost, cost.merge_gap_bytes)
 
 
 def fit(points: Iterable[Point]) -> ReadCost:
@@ -162,11 +174,6 @@ def _point(data: Any) -> Point:
     if not (read_bytes > 0 and depth > 0 and seconds > 0):
         raise ValueError("a point of nothing")
     return Point(int(read_bytes), int(depth), float(seconds))
-
-
-def _way(path: Path, engine: str) -> str:
-    with _opened(path, engine) as reader:
-        return reader.info.engine
 
 
 @contextlib.contextmanager

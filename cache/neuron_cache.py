@@ -19,7 +19,7 @@ import numpy as np
 from cache.arena import new_arena
 from cache.budget import smallest_staging_bytes
 from cache.bundle import BundleLayout, checksum_weights
-from cache.device_curve import DEFAULT_MERGE_GAP_BYTES, DEFAULT_READ_COST, DeviceCurve
+from cache.device_curve import DeviceCurve, cost_and_gap
 from cache.errors import ReadError
 from cache.policy import DecayedFrequency, choose_swaps
 from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, ReadVolume, plan_reads, volume
@@ -145,13 +145,15 @@ class NeuronCache:
         self._speculated = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
         self._ahead: _Ahead | None = None
         self._reader = Reader(file.path, self.arena, landing=self._whole, engine=io_engine, queue_depth=queue_depth)
-        cost = None if curve is None else curve.cost(self._reader.info.engine)
-        self.merge_gap_bytes = DEFAULT_MERGE_GAP_BYTES if cost is None else cost.merge_gap_bytes
-        self.read_cost = DEFAULT_READ_COST if cost is None else cost
+        self.read_cost, self.merge_gap_bytes = cost_and_gap(curve, self._reader.info.engine)
 
     @property
     def reader_info(self) -> ReaderInfo:
         return self._reader.info
+
+    @property
+    def slots_per_layer(self) -> list[int]:
+        return [int(n) for n in self._slots_per_layer]
 
     @property
     def staging_bytes(self) -> int:

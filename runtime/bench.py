@@ -47,7 +47,11 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
     io_before = process_read_bytes()
     times = [_decode(loaded, kv, blocks, ids[p], p) for p in range(prompt_tokens, prompt_tokens + tokens)]
     moved = loaded.cache.snapshot() - before
+    predicted = loaded.forecast()  # now, so that it finds the machine as the tokens did
     return {
+        "predicted_tokens_per_s": predicted.tokens_per_s,
+        "prediction_error": predicted.tokens_per_s * statistics.median(times) - 1,
+        "predicted_read_bytes_per_token": predicted.read_bytes,
         "tokens_per_s": 1 / statistics.median(times),
         "s_per_token_median": statistics.median(times),
         "prefill_s": prefill_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from cache.budget import cpu_quota, detect_memory, process_bytes, trim_heap
 from cache.bundle import BundleLayout
-from cache.device_curve import DeviceCurve, device_curve
+from cache.device_curve import DeviceCurve, cost_and_gap, device_curve, reader_info
 from cache.errors import ColdstreamError, FormatError, FormatKind, UnsupportedError
 from cache.neuron_cache import NeuronCache
 from runtime.audit import Auditor
@@ -26,11 +27,13 @@ from runtime.config import ModelConfig
 from runtime.constraint import ConstraintCompiler
 from runtime.engine import Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
+from runtime.forecast import Forecast, ReadTerms, forecast
 from runtime.gates import read_gates
 from runtime.kernels import Kernels, select
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.layers import load_layer
-from runtime.model import LayerWeights, Model, ModelWeights
+from runtime.machine import measure_machine
+from runtime.model import LayerWeights, Model, ModelWeights, as_numpy
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
 from runtime.packed import BUNDLES, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
 from runtime.placement import share_slots
@@ -77,6 +80,7 @@ class Loaded:
     plan: Plan
     packed: Packed
     info: dict[str, object]
+    forecast: Callable[[], Forecast]  # of decode, from this cache and this machine as it is now; takes 0.2 s
 
     def new_kv(self) -> tuple[KVCache, BlockManager]:
         """The engine's own keys and values with a fresh block manager, for runs past the engine."""
@@ -159,6 +163,26 @@ def open_plan(model: str, options: PlanOptions) -> Plan:
     return make_plan(config, layout, options, detect_memory(), process_bytes(), sketches)
 
 
+def open_forecast(model: str, plan: Plan, options: PlanOptions) -> Forecast | None:
+    """What `plan` should decode at on this machine, which is measured; None for a model that is not packed.
+
+    Also measures the disk where that has not been done, and takes 64 MiB for a moment. Raises FormatError, ReadError.
+    """
+    if not is_packed(Path(model)):
+        return None
+    packed = open_packed(Path(model))
+    path = packed.bundles.path
+    curve, way = device_curve(path), reader_info(path)
+    kernels = select()
+    kernels.set_num_threads(_num_threads(None))
+    profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
+    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if plan.mode == "sparse" else None
+    frequency = profile["frequency"][0] if sparse is None else sparse.frequency
+    machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
+    terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
+    return forecast(packed.bundles, _slots(plan, sparse), frequency, plan.multiplied_bytes, terms, machine, dense)
+
+
 def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     """Loads a model and warms its cache. Raises ColdstreamError, before anything large is read if it can."""
     _check_options(options)
@@ -188,7 +212,8 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if mode == "sparse" else None
     predictor = _predictor(packed, sparse, mode, kernels)
     lookahead = options.lookahead == "attention" and predictor is not None
-    cache = _cache(packed, plan, sparse, profile["frequency"][0], options.io_engine, curve, lookahead)
+    frequency = profile["frequency"][0] if sparse is None else sparse.frequency
+    cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
     dtype = _torch_dtype(options.dtype, config)
     weights = _load_weights(packed, dtype, progress)
     _warm(cache, progress)
@@ -219,7 +244,14 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
         "max_model_len": plan.max_model_len,
         "threads": kernels.num_threads,
     }
-    return Loaded(engine, decoder, cache, tokenizer, plan, packed, info)
+
+    def expected() -> Forecast:
+        terms = ReadTerms(cache.read_cost, cache.merge_gap_bytes, cache.reader_info.alignment)
+        machine = measure_machine(kernels, as_numpy(weights.lm_head))
+        slots, dense = cache.slots_per_layer, predictor is None
+        return forecast(packed.bundles, slots, frequency, plan.multiplied_bytes, terms, machine, dense)
+
+    return Loaded(engine, decoder, cache, tokenizer, plan, packed, info, expected)
 
 
 def contract_info(packed: Packed, mode: str) -> dict[str, object]:
@@ -250,22 +282,26 @@ def _cache(
     packed: Packed,
     plan: Plan,
     sparse: Sparse | None,
-    usual: np.ndarray,
+    frequency: np.ndarray,
     io_engine: str,
     curve: DeviceCurve | None,
     lookahead: bool,
 ) -> NeuronCache:
-    """Slots go where they save most; those of pinned neurons for good. usual [L, F]: frequencies without a CETT."""
-    slots = plan.slots_per_layer
-    if sparse is not None:
-        slots = tuple(share_slots(sparse.frequency, sum(slots)).tolist())
-    frequency = usual if sparse is None else sparse.frequency
+    """Slots go where they save most; those of pinned neurons for good. frequency [L, F]: how often needed."""
+    slots = _slots(plan, sparse)
     cache = NeuronCache(
         packed.bundles, slots, plan.staging_bytes, frequency, io_engine=io_engine, curve=curve, lookahead=lookahead
     )
     for layer, num in enumerate(() if sparse is None else sparse.pinned):
         cache.pin(layer, np.arange(num))
     return cache
+
+
+def _slots(plan: Plan, sparse: Sparse | None) -> Sequence[int]:
+    """Of each layer, as many in all as planned."""
+    if sparse is None:
+        return plan.slots_per_layer
+    return [int(n) for n in share_slots(sparse.frequency, sum(plan.slots_per_layer))]
 
 
 def io_info(cache: NeuronCache, curve: DeviceCurve | None) -> dict[str, object]:

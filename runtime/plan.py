@@ -147,6 +147,12 @@ class Plan:
         """Share of the FFN that fits the slots, 0..1."""
         return self.slab_bytes / self.ffn_bytes
 
+    @property
+    def multiplied_bytes(self) -> int:
+        """Of what every token is multiplied with, records of neurons aside: attention, head, predictor."""
+        head = self.details["resident.head"] or self.details["resident.embedding"]
+        return self.details["resident.attention"] + head + self.predictor_bytes
+
     def uses(self) -> dict[str, int]:
         """Bytes planned by use, in the tier cpu; their sum is at most the budget."""
         return {

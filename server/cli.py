@@ -22,7 +22,7 @@ from cache.errors import ColdstreamError, UnsupportedError
 from runtime.plan import FfnCache
 from server.contract_table import show_contract
 from server.load_bar import LoadBar
-from server.plan_table import plan_table
+from server.plan_table import forecast_line, plan_table
 from server.settings import (
     Act,
     Bundles,
@@ -190,13 +190,16 @@ def plan(
     settings = read_settings(ctx.params)
     refuse_unsupported(settings)
     name, settings = resolve_model(settings)
-    from runtime.load import open_plan
+    from runtime.load import open_forecast, open_plan
 
-    found = open_plan(name, plan_options(settings))
+    options = plan_options(settings)
+    found = open_plan(name, options)
+    expected = open_forecast(name, found, options)
     if settings.as_json:
-        typer.echo(json.dumps(found.to_json()))
-    else:
-        Console().print(plan_table(found))
+        typer.echo(json.dumps(found.to_json() | {"expected": None if expected is None else expected.to_json()}))
+        return
+    Console().print(plan_table(found))
+    Console().print(forecast_line(expected))
 
 
 @app.command()

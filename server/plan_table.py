@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cache.budget import format_size
+from runtime.forecast import Forecast
 from runtime.plan import Plan
 
 
@@ -31,3 +32,15 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("disk", "home", format_size(plan.disk_bytes), "packed model, beside the checkpoint")
     table.caption, table.caption_justify = " ".join(escape(note) for note in plan.notes) or None, "left"
     return table
+
+
+def forecast_line(expected: Forecast | None) -> str:
+    """What the plan should decode at, in a sentence."""
+    if expected is None:
+        return "Expected speed: unknown until the model is packed (coldstream prepare)."
+    token = f"{1e3 / expected.tokens_per_s:.3g} ms"
+    reads = f"{format_size(int(expected.read_bytes))} in {expected.num_requests:.0f} requests"
+    return (
+        f"Expected: {expected.tokens_per_s:.3g} tokens/s for one sequence. A token finds {expected.hit_share:.0%} of "
+        f"its neurons in memory and reads {reads}: {expected.disk_s * 1e3:.3g} ms of its {token}."
+    )

@@ -19,9 +19,9 @@ import torch
 from cache.bundle import unpack_vector
 from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, UnsupportedError
 from runtime.bench import measure
-from runtime.load import Loaded, LoadOptions, load, prepare
+from runtime.load import Loaded, LoadOptions, load, open_forecast, prepare
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
-from runtime.plan import FfnCache
+from runtime.plan import FfnCache, PlanOptions
 from runtime.request import FinishReason, Request, SamplingParams
 
 PROMPTS = [[1, 5, 9, 14], [3] * 20, list(range(40, 2, -1)), [60, 2], [7, 11, 13, 17, 19, 23, 29, 31]]
@@ -189,8 +189,12 @@ def test_counters_add_up_and_agree_with_the_kernel(tmp_path: Path, tiny_relu2: A
         if "direct" not in str(loaded.info["io_engine"]):
             pytest.skip("this file system has no O_DIRECT: the kernel's count is that of its page cache")
         figures = measure(loaded, 16, 64, text)
+        expected = open_forecast(str(model), loaded.plan, PlanOptions())
     finally:
         loaded.close()
+    assert expected is not None
+    assert expected.read_bytes == pytest.approx(figures["predicted_read_bytes_per_token"])
+    assert figures["predicted_tokens_per_s"] > 0
     assert 0 < figures["hits"] < figures["lookups"]
     assert 0 < figures["needed_bytes_per_token"] <= figures["bytes_read_per_token"]
     assert figures["bytes_read_per_token"] == pytest.approx(figures["kernel_bytes_read_per_token"], rel=0.02)

@@ -1,0 +1,98 @@
+"""Tokens a second before anything has run: from how often neurons are needed, the device curve and the machine's speed.
+
+Knows frequencies, records and seconds; not what tokens are. One sequence, decode. The cache is taken to hold each
+layer's most frequent neurons (a policy that learns has about 2 % more of the lookups), a token to need each of the
+others by itself with its frequency, and reads to be waited for, but where a layer is streamed, which overlaps them with
+the multiply. Shapes: L layers, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cache.device_curve import ReadCost
+from cache.reader import volume
+from cache.store import BundleFile
+
+_SAMPLES = 16  # tokens drawn for each layer
+_CALLS = 60  # small operations of a layer that cost their call and no more
+_LARGEST_READ = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How fast this host computes: weights through the kernels for one row, and the call of one small operation."""
+
+    bytes_per_s: float
+    call_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTerms:
+    """What reading costs, as the cache reads. alignment and merge_gap in bytes."""
+
+    cost: ReadCost
+    merge_gap_bytes: int
+    alignment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of a token: tokens_per_s and what it is made of. hit_share: of the neurons needed, those that are resident."""
+
+    tokens_per_s: float
+    disk_s: float
+    compute_s: float
+    read_bytes: float
+    num_requests: float
+    hit_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(
+    file: BundleFile,
+    slots_per_layer: Sequence[int],
+    frequency: np.ndarray,
+    other_bytes: int,
+    terms: ReadTerms,
+    machine: Machine,
+    dense: bool = False,
+) -> Forecast:
+    """frequency [L, F]: share of tokens that need a neuron, from 1 on always; a layer of ones is streamed. dense: every
+    token needs all of them, and frequency says only which are resident.
+
+    other_bytes: of all that a token is multiplied with besides records: attention, head, predictor.
+    """
+    rng = np.random.default_rng(0)
+    needed = hits = read_bytes = num_requests = disk_s = 0.0
+    total_s = other_bytes / machine.bytes_per_s + file.num_layers * _CALLS * machine.call_s
+    for layer, num_slots in enumerate(slots_per_layer):
+        share = np.ones(file.num_neurons) if dense else np.minimum(frequency[layer], 1.0)
+        absent = np.ones(file.num_neurons, bool)
+        absent[np.argsort(-frequency[layer], kind="stable")[:num_slots]] = False
+        requests, num_bytes = _reads(file, layer, np.where(absent, share, 0.0), terms, rng)
+        read_s = terms.cost.seconds(requests, num_bytes, float(num_bytes > 0))
+        ffn_s = float(share.sum()) * file.layout.record_bytes / machine.bytes_per_s
+        total_s += max(read_s, ffn_s) if share.min() >= 1.0 else read_s + ffn_s
+        needed, hits = needed + float(share.sum()), hits + float(share[~absent].sum())
+        read_bytes, num_requests, disk_s = read_bytes + num_bytes, num_requests + requests, disk_s + read_s
+    return Forecast(1 / total_s, disk_s, total_s - disk_s, read_bytes, num_requests, hits / max(needed, 1e-9))
+
+
+def _reads(
+    file: BundleFile, layer: int, share: np.ndarray, terms: ReadTerms, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Mean requests and bytes of tokens that need each neuron with probability `share` [F]."""
+    found = np.zeros(2)
+    for _ in range(_SAMPLES):
+        ids = np.flatnonzero(rng.random(share.size) < share)
+        v = volume(file.starts(layer, ids), file.layout.record_bytes, terms.alignment, terms.merge_gap_bytes)
+        found += max(v.num_requests, v.num_bytes / _LARGEST_READ), v.num_bytes
+    requests, num_bytes = found / _SAMPLES
+    return float(requests), float(num_bytes)

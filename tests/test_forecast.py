@@ -1,0 +1,69 @@
+"""The forecast of tokens/s: by hand where a hand can, and the way it moves where not. No timing is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.bundle import BundleDtype, BundleLayout
+from cache.device_curve import ReadCost
+from cache.store import BundleFile
+from runtime.forecast import _CALLS, Machine, ReadTerms, forecast
+from runtime.kernels import select
+from runtime.machine import measure_machine
+from server.plan_table import forecast_line
+
+LAYERS, NEURONS = 2, 400
+LAYOUT = BundleLayout.make(64, True, BundleDtype.FP32)
+FILE = BundleFile(Path("absent"), LAYOUT, NEURONS, (0, NEURONS * LAYOUT.stride))
+TERMS = ReadTerms(ReadCost(1e-4, 1e-5, 1e-9), 0, 512)
+MACHINE = Machine(1e9, 1e-6)
+
+
+def test_with_all_resident_only_computing_takes_time() -> None:
+    frequency = np.full((LAYERS, NEURONS), 0.25)
+    found = forecast(FILE, [NEURONS] * LAYERS, frequency, 1_000_000, TERMS, MACHINE)
+    expected = 1e-3 + LAYERS * _CALLS * 1e-6 + LAYERS * 100 * LAYOUT.record_bytes / 1e9
+    assert found.tokens_per_s == pytest.approx(1 / expected)
+    assert (found.disk_s, found.read_bytes, found.num_requests, found.hit_share) == (0, 0, 0, 1)
+
+
+def test_what_is_needed_and_absent_is_read_one_by_one() -> None:
+    """Every 10th neuron is always needed, far from the next: each is a request, and 20 of a layer's are resident."""
+    frequency = np.zeros((LAYERS, NEURONS))
+    frequency[:, ::10] = 1
+    found = forecast(FILE, [20] * LAYERS, frequency, 0, TERMS, MACHINE)
+    assert found.num_requests == 2 * 20
+    assert found.hit_share == 0.5
+    assert found.read_bytes == 40 * (LAYOUT.record_bytes + 512)
+    assert found.disk_s == pytest.approx(2e-4 + 40 * 1e-5 + found.read_bytes * 1e-9)
+
+
+def test_a_streamed_layer_hides_the_multiply_behind_the_reads() -> None:
+    ones = np.ones((LAYERS, NEURONS))
+    found = forecast(FILE, [0] * LAYERS, ones, 0, TERMS, MACHINE)
+    assert forecast(FILE, [0] * LAYERS, ones * 0.1, 0, TERMS, MACHINE, dense=True) == found
+    slower = forecast(FILE, [0] * LAYERS, ones, 0, TERMS, Machine(1e6, 1e-6))
+    assert found.tokens_per_s == pytest.approx(1 / (found.disk_s + LAYERS * _CALLS * 1e-6))
+    assert slower.tokens_per_s < found.tokens_per_s / 10  # then computing is what takes the time
+
+
+def test_more_slots_and_a_faster_disk_are_never_slower() -> None:
+    frequency = np.random.default_rng(0).random((LAYERS, NEURONS)) ** 3
+    rates = [forecast(FILE, [n] * LAYERS, frequency, 0, TERMS, MACHINE).tokens_per_s for n in (0, 50, 200, NEURONS)]
+    assert rates == sorted(rates)
+    fast = ReadTerms(ReadCost(1e-5, 1e-6, 1e-10), 0, 512)
+    assert forecast(FILE, [50] * LAYERS, frequency, 0, fast, MACHINE).tokens_per_s > rates[1]
+
+
+def test_the_machine_is_measured() -> None:
+    found = measure_machine(select("auto", 1), np.ones((2048, 512), np.float32))
+    assert found.bytes_per_s > 0 and found.call_s > 0
+
+
+def test_a_forecast_is_a_sentence() -> None:
+    found = forecast(FILE, [20] * LAYERS, np.full((LAYERS, NEURONS), 0.2), 0, TERMS, MACHINE)
+    assert "tokens/s for one sequence" in forecast_line(found) and " requests: " in forecast_line(found)
+    assert "until the model is packed" in forecast_line(None)
