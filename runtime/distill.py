@@ -58,13 +58,13 @@ class Recipe:
     text_share: float = 0.25  # of a batch, where texts are given
     lr: float = 2.5e-3
     warm_up: float = 0.02  # shares of the steps, this one and the next two
-    layers: float = 0.1
-    served: float = 1 / 3
+    layers: float = 0.05
+    served: float = 0.6
     cett: float = 0.1  # at which the pressed share is measured
-    max_pressure: float = 1.0  # weight of the soft count beside KL in nats
+    max_pressure: float = 2.0  # weight of the soft count beside KL in nats
     weight_decay: float = 0.01
     clip: float = 1.0
-    refresh: int = 50  # steps between two measurements of the thresholds
+    refresh: int = 100  # steps between two measurements of the thresholds
     evaluations: int = 20
     moments: str = "fp32"  # or bf16
     seed: int = 0
@@ -195,7 +195,7 @@ class Sparsifier:
             share = part.shape[0] / windows.shape[0]
             stats += share * (self._layerwise(part, share) if phase == "layers" else self._distil(part, share, phase))
         self._ranks.average_gradients(self._trained.values())
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), self.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self.recipe.clip)
         self._adamw.step(self.recipe.lr_at(step))
         for parameter in self._trained.values():
             parameter.grad = None
@@ -288,7 +288,10 @@ class Sparsifier:
     def _target(self, phase: str, step: int) -> float:
         """The share wanted now: from the phase's first to the asked one, geometrically, over the first part of it."""
         r, start = self.recipe, self.progress.start_active
-        begin, end = (r.layers, 0.5) if phase == "press" else (1 - r.served, 1 - 0.75 * r.served)
+        turn = 1 - r.served
+        begin, end = (
+            (r.layers, r.layers + (turn - r.layers) * 2 / 3) if phase == "press" else (turn, turn + r.served / 4)
+        )
         part = min(1.0, max(0.0, (step / r.steps - begin) / max(end - begin, 1e-9)))
         return math.exp((1 - part) * math.log(max(start, 1e-6)) + part * math.log(r.active))
 

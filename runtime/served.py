@@ -22,6 +22,7 @@ from runtime.sparsity import block_error
 from runtime.student import DRELU, Decoder, Ffn, Visit
 
 CETTS = tuple(0.005 * 2 ** (i / 2) for i in range(15))  # 0.005 to 0.64
+_SCORED = 2048  # tokens whose logits exist at once
 Scores = Callable[[torch.Tensor], torch.Tensor]  # x [N, D] -> predicted magnitudes [N, F]
 
 
@@ -130,12 +131,11 @@ def _scores(ffn: Ffn, act: str) -> Scores:
 
 @torch.no_grad()
 def perplexity(decoder: Decoder, tokens: torch.Tensor, visit: Visit | None = None) -> tuple[float, float]:
-    """(perplexity, its standard error) of windows [S, T], each a text of its own, a window at a time."""
+    """(perplexity, its standard error) of windows [S, T], each a text of its own."""
     parts = []
-    for i in range(tokens.shape[0]):
-        window = tokens[i : i + 1]
-        logits = decoder.logits(window, visit)[0, :-1]
-        parts.append(F.cross_entropy(logits, window[0, 1:], reduction="none").double().cpu())
+    for windows in torch.split(tokens, max(1, _SCORED // tokens.shape[1])):
+        logits = decoder.logits(windows, visit)[:, :-1].flatten(0, 1)
+        parts.append(F.cross_entropy(logits, windows[:, 1:].flatten(), reduction="none").double().cpu())
     nll = torch.cat(parts).numpy()
     value = math.exp(nll.mean())
     return value, value * block_error(nll)

@@ -35,6 +35,7 @@ _CALIBRATION_TOKENS, _CURVE_TOKENS, _FINAL_TOKENS = 2048, 4096, 16_384
 _KV_BYTES = 24 << 30  # of texts that the teacher writes at once
 _ACTIVATION_BYTES = 32 << 30  # of a backward pass
 _SPARE_BYTES = 4 << 30  # logits of a chunk of rows, the framework's own
+_PARTS = (1, 2, 4, 8)  # of the texts and windows at a time
 _WANTED_STEPS = 400  # batches shrink before a run has fewer
 _REFERENCE_HIDDEN = 576  # of the model that the learning rate was found on; it falls as 1 / width (arXiv 2203.03466)
 
@@ -160,7 +161,7 @@ def recipe_for(config: ModelConfig, options: SparsifyOptions) -> Recipe:
         active=options.active,
         window=window,
         batch=batch,
-        micro=max(1, min(batch, _ACTIVATION_BYTES // (window * _activation_bytes(config)))),
+        micro=_divisor(batch, _ACTIVATION_BYTES // (window * _activation_bytes(config))),
         lr=Recipe().lr * min(1.0, _REFERENCE_HIDDEN / config.hidden_size),
     )
     kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * window
@@ -173,24 +174,36 @@ def _activation_bytes(config: ModelConfig) -> int:
     return config.num_hidden_layers * (8 * 4 * config.hidden_size + 6 * 3 * config.intermediate_size)
 
 
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`, at least 1: every backward pass has the same shape."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and (d <= limit or d == 1))
+
+
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
 def fitted(recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-    """With bf16 moments where fp32 ones do not fit the device. ColdstreamError when neither does."""
+    """The recipe with fewer texts and windows at a time, then with bf16 moments, where the device is too small for it.
+
+    ColdstreamError when no such way fits.
+    """
     if device.type != "cuda":
         return recipe
     free = torch.cuda.mem_get_info(device)[0] - _SPARE_BYTES
-    need = {moments: memory_bytes(recipe, config, size) for moments, size in (("fp32", 4), ("bf16", 2))}
-    for moments, num_bytes in need.items():
-        if num_bytes <= free:
-            return replace(recipe, moments=moments)
-    raise ColdstreamError(f"--device cuda: {_gib(need['bf16'] + _SPARE_BYTES)} are needed, {_gib(free)} are free")
+    for moments in ("fp32", "bf16"):
+        for part in _PARTS:
+            sampled, micro = max(recipe.micro, recipe.sampled // part), _divisor(recipe.batch, recipe.micro // part)
+            smaller = replace(recipe, sampled=sampled, micro=micro, moments=moments)
+            needed = memory_bytes(smaller, config)
+            if needed <= free:
+                return smaller
+    raise ColdstreamError(f"--device cuda: {_gib(needed + _SPARE_BYTES)} are needed, {_gib(free)} are free")
 
 
-def memory_bytes(recipe: Recipe, config: ModelConfig, moment_bytes: int) -> int:
+def memory_bytes(recipe: Recipe, config: ModelConfig) -> int:
     """Of a run on cuda: weights, gradients, moments, keys and values, activations."""
+    moment_bytes = 2 if recipe.moments == "bf16" else 4
     trained = _trained_weights(config, recipe)
     teacher = sum(math.prod(shape) for _, shape in expected_tensors(config))
     kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * recipe.window * recipe.sampled

