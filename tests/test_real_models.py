@@ -29,7 +29,7 @@ from server.chat import render_chat
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CALIBRATION_CHARACTERS = 2500
+CALIBRATION_CHARACTERS = 9000
 NUM_LAYERS, NUM_NEURONS = 30, 1536
 GREEDY_TOKENS = 64
 SCORED_TOKENS = 256
@@ -76,7 +76,7 @@ def pack_fp32(tmp_path_factory: pytest.TempPathFactory, short_text: Path) -> Cal
     """Packs a checkpoint with bundles fp32: no rounding between the checkpoint and what is computed with."""
 
     def pack(checkpoint: Path, name: str) -> Path:
-        return prepare(str(checkpoint), tmp_path_factory.mktemp(name) / name, short_text, None, "fp32", False, quiet)
+        return prepare(str(checkpoint), tmp_path_factory.mktemp(name) / name, short_text, 0.05, "fp32", False, quiet)
 
     return pack
 
