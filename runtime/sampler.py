@@ -1,18 +1,22 @@
 """From logits to a token: one `Sampler` a request, with its own random stream and its own counts.
 
 Knows token ids and numbers, not text, and nothing of other requests: a row is sampled alone, so that the choice never
-depends on batch mates. Shapes: V vocabulary, N rows, C candidates that are left after filtering.
+depends on batch mates. Whole rows are handled in numpy: PyTorch splits so short a vector over its threads, and waits
+for them longer than the work takes when other work keeps the cores busy.
+Shapes: V vocabulary, N rows, C candidates that are left after filtering.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from runtime.constraint import Constraint, ConstraintCompiler
 from runtime.request import SamplingParams, TokenLogprob
 
+_COLDEST = 1e-30  # temperature in fp32: what is smaller is 0, and greedy all the same
 _HEAD = 1024  # candidates that nearly always hold the whole nucleus; a sort of the vocabulary takes milliseconds
 
 
@@ -40,7 +44,7 @@ class Sampler:
         self._bias = _bias(params)
         self._seen = _seen(prompt_ids, vocab_size) if params.repetition_penalty != 1.0 else None  # bool [V]
         counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        self._counts = torch.zeros(vocab_size) if counted else None  # [V]
+        self._counts = np.zeros(vocab_size, np.float32) if counted else None  # [V]
 
     def sample(self, logits: torch.Tensor) -> tuple[int, TokenLogprob | None]:
         """The next token of fp32 logits [V] (not changed), and its log-probability when the request asked for it.
@@ -49,9 +53,9 @@ class Sampler:
         +inf, SchemaError when the request's schema cannot be held.
         """
         constraint = self._compiled()
-        adjusted = self._adjust(logits)
+        adjusted = self._adjust(logits.numpy())
         if constraint is not None:
-            adjusted = adjusted.masked_fill(~constraint.allowed(), -torch.inf)
+            adjusted = np.where(constraint.allowed().numpy(), adjusted, np.float32(-np.inf))
         token_id = self._choose(adjusted)
         if constraint is not None:
             constraint.advance(token_id)
@@ -70,35 +74,42 @@ class Sampler:
             self._constraint = self._constraints.compile(self._params.json_schema)
         return self._constraint
 
-    def _choose(self, logits: torch.Tensor) -> int:
-        best = logits.max()
-        if not torch.isfinite(best):
+    def _choose(self, row: np.ndarray) -> int:
+        best = row.max()
+        if not np.isfinite(best):
             raise ValueError("the model gave logits that are not numbers")
         if self._params.temperature == 0.0:
-            return int(logits.argmax())
-        scaled = (logits - best) / self._params.temperature  # the difference first, so that nothing overflows
+            return int(row.argmax())
+        with np.errstate(over="ignore"):  # the difference first, so that what overflows is below the largest
+            scaled = torch.from_numpy((row - best) / np.float32(max(self._params.temperature, _COLDEST)))
         probs, ids = filter_candidates(scaled, self._params.top_k, self._params.top_p, self._params.min_p)
         index = self._draw(probs)
         return index if ids is None else int(ids[index])
 
     def _draw(self, probs: torch.Tensor) -> int:
         """An index of probs [C] by inverting the cumulative sum at one uniform number."""
-        cumulative = probs.double().cumsum(0)
-        at = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
-        index = int(torch.searchsorted(cumulative, at, right=True))  # right: never an index of probability 0
+        cumulative = np.cumsum(probs.numpy(), dtype=np.float64)
+        at = float(torch.rand((), dtype=torch.float64, generator=self._generator)) * cumulative[-1]
+        index = int(np.searchsorted(cumulative, at, side="right"))  # right: never an index of probability 0
         return min(index, probs.numel() - 1)
 
-    def _adjust(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties and bias on a copy, or the logits themselves where there are none."""
+    def _adjust(self, row: np.ndarray) -> np.ndarray:
+        """Penalties and bias on a copy of float32 [V], or the row itself where there are none."""
         p = self._params
         if self._seen is not None:
-            penalised = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
-            logits = torch.where(self._seen, penalised, logits)
+            penalty = np.float32(p.repetition_penalty)
+            row = np.where(self._seen, np.where(row > 0, row / penalty, row * penalty), row)
         if self._counts is not None:
-            logits = logits - p.presence_penalty * (self._counts > 0) - p.frequency_penalty * self._counts
+            row = (
+                row
+                - np.float32(p.presence_penalty) * (self._counts > 0)
+                - np.float32(p.frequency_penalty) * self._counts
+            )
         if self._bias is not None:
-            logits = logits.index_add(0, *self._bias)
-        return logits
+            ids, values = self._bias
+            row = row.copy()
+            row[ids] += values
+        return row
 
     def _count(self, token_id: int) -> None:
         if self._seen is not None:
@@ -124,26 +135,33 @@ def filter_candidates(
         probs, order = _nucleus(probs, top_p)
         ids = order if ids is None else ids[order]
     if min_p > 0.0:
-        probs = torch.where(probs >= min_p * probs.max(), probs, 0.0)
+        row = probs.numpy()
+        probs = torch.from_numpy(np.where(row >= min_p * row.max(), row, np.float32(0)))
     return probs, ids
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest of probs [V] whose sum reaches top_p, likeliest first, and their indices. Sorts all if it must."""
+    """The fewest of probs [V] whose sum reaches top_p, likeliest first, and their indices.
+
+    When the head does not hold them, all are sorted but those whose sum is too small to matter.
+    """
     kept, order = torch.topk(probs, min(_HEAD, probs.numel()))
     if kept.numel() < probs.numel() and kept.double().sum() < top_p:
-        kept, order = torch.sort(probs, descending=True, stable=True)
-    before = kept.double().cumsum(0) - kept
-    num = max(1, int((before < top_p).sum()))
+        row = probs.numpy()
+        some = np.flatnonzero(row >= (1.0 - top_p) / row.size)  # the rest comes to less than 1 - top_p
+        some = some[np.argsort(-row[some])]
+        kept, order = torch.from_numpy(row[some]), torch.from_numpy(some)
+    before = np.cumsum(kept.numpy(), dtype=np.float64) - kept.numpy()
+    num = max(1, int(np.count_nonzero(before < top_p)))
     return kept[:num], order[:num]
 
 
 def score_rows(logits: torch.Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """Log-probability of target n under row n of fp32 logits [N, V], with the `num_top` likeliest tokens of the row."""
-    log_sum = torch.logsumexp(logits, dim=-1)  # [N]
-    chosen = logits.gather(1, torch.tensor(targets, dtype=torch.int64)[:, None])[:, 0] - log_sum
-    top = torch.topk(logits, min(num_top, logits.shape[1]), dim=-1)
-    tops = zip(top.indices.tolist(), (top.values - log_sum[:, None]).tolist(), strict=True)
+    logprobs = torch.log_softmax(logits, dim=-1)  # [N, V]: quicker than logsumexp, which needs as much for a while
+    chosen = logprobs.gather(1, torch.tensor(targets, dtype=torch.int64)[:, None])[:, 0]
+    top = torch.topk(logprobs, min(num_top, logits.shape[1]), dim=-1)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
         TokenLogprob(token_id, logprob, tuple(zip(ids, values, strict=True)))
         for token_id, logprob, (ids, values) in zip(targets, chosen.tolist(), tops, strict=True)
@@ -159,14 +177,14 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator
 
 
-def _bias(params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _bias(params: SamplingParams) -> tuple[np.ndarray, np.ndarray] | None:
     if not params.logit_bias:
         return None
     ids, values = zip(*params.logit_bias.items(), strict=True)
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(values, dtype=torch.float32)
+    return np.array(ids, np.int64), np.array(values, np.float32)
 
 
-def _seen(token_ids: Iterable[int], vocab_size: int) -> torch.Tensor:
-    seen = torch.zeros(vocab_size, dtype=torch.bool)
-    seen[torch.tensor(list(token_ids), dtype=torch.int64)] = True
+def _seen(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    seen = np.zeros(vocab_size, np.bool_)
+    seen[np.fromiter(token_ids, np.int64)] = True
     return seen
