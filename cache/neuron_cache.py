@@ -10,6 +10,7 @@ so that a record is an offset of the arena, whether it stays or only passes thro
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Lease:
     ids: np.ndarray  # int32 [K], ascending
     offsets: np.ndarray  # int64 [K]
     hit: np.ndarray  # bool [K]
+    num_ready: int  # so many of the first ids were resident when asked: may be computed with before `complete`
     cache: NeuronCache
 
     def __enter__(self) -> Lease:
@@ -70,6 +72,18 @@ class _Ahead:
     ids: np.ndarray  # int32 [P], ascending
     offsets: np.ndarray  # int64 [P], where they land in the arena
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What a lease still waits for. early: of `ids`, which come ahead; num_arrived of these were there when asked."""
+
+    ids: np.ndarray  # int32 [M], the absent ones
+    early: np.ndarray  # bool [M]
+    places: np.ndarray  # int64 [M], in the arena
+    ticket: int | None  # of the others; None: there are none
+    ahead: _Ahead | None
+    num_arrived: int
 
 
 @dataclass(slots=True)
@@ -144,6 +158,7 @@ class NeuronCache:
         self._demanded = (self._staging, self._staging_bytes - ahead_bytes)
         self._speculated = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
         self._ahead: _Ahead | None = None
+        self._reading: _Reading | None = None  # of the lease that is out
         self._reader = Reader(file.path, self.arena, landing=self._whole, engine=io_engine, queue_depth=queue_depth)
         self.read_cost, self.merge_gap_bytes = cost_and_gap(curve, self._reader.info.engine)
 
@@ -168,27 +183,56 @@ class NeuronCache:
     def acquire(self, layer: int, ids: np.ndarray) -> Lease | None:
         """Makes the records of `ids` (int32 [K], ascending, unique) readable and returns where they are.
 
-        Blocks until the misses are read; what `prefetch` has begun of them is not read again. None when they do not fit
-        staging: nothing was counted, take the dense path. The slots keep their records until `release`; at most one
-        lease is out. Raises ReadError.
+        Blocks until the misses are read: `begin` and `complete` in one. None when they do not fit staging: nothing was
+        counted, take the dense path. Raises ReadError.
+        """
+        lease = self.begin(layer, ids)
+        if lease is None:
+            return None
+        try:
+            self.complete(lease)
+        except ReadError:
+            self.drop(lease)
+            raise
+        return lease
+
+    def begin(self, layer: int, ids: np.ndarray) -> Lease | None:
+        """Submits the reads that `ids` need and returns at once; what `prefetch` has begun is not read again.
+
+        Until `complete` only the first `num_ready` records may be computed with. The slots keep their records until
+        `release`; at most one lease is out. None when the misses do not fit staging.
         """
         self._one_user()
         ahead = self._take_ahead(layer)
         slots = self._slot_of[layer, ids]
         hit = slots >= 0
         missed = ids[~hit]
-        found = self._bring(layer, missed, ahead)
-        if found is None:
-            return None
-        places, num_early = found
         offsets = slots.astype(np.int64) * self.layout.stride
-        if missed.size:
-            offsets[~hit] = places
-            self._verify(layer, missed, places)
-        self._count_lookups(ids.size, missed.size - num_early)
-        self._counts.needed_bytes += num_early * self.layout.record_bytes
+        num_ready = ids.size
+        if missed.size or ahead is not None:
+            reading = self._start(layer, missed, ahead)
+            if reading is None:
+                return None
+            self._reading = reading
+            offsets[~hit] = reading.places
+            num_ready = int(np.argmin(hit)) if missed.size else ids.size
         self._leases += 1
-        return Lease(layer, ids, offsets, hit, self)
+        return Lease(layer, ids, offsets, hit, num_ready, self)
+
+    def complete(self, lease: Lease) -> None:
+        """Waits for the lease's reads and checks them; then all its records may be computed with.
+
+        Raises ReadError; the lease is then to be dropped. Once a lease.
+        """
+        reading, self._reading = self._reading, None
+        num_late = 0
+        if reading is not None:
+            places = self._finish(lease.layer, reading)
+            lease.offsets[~lease.hit] = places
+            self._verify(lease.layer, reading.ids, places)
+            num_late = reading.ids.size - reading.num_arrived
+            self._counts.needed_bytes += reading.num_arrived * self.layout.record_bytes
+        self._count_lookups(lease.ids.size, num_late)
 
     def prefetch(self, layer: int, ids: np.ndarray) -> None:
         """Starts reading the absent ones of `ids` (int32 [K], ascending, unique), which `acquire` of this layer will
@@ -210,6 +254,8 @@ class NeuronCache:
 
     def release(self, lease: Lease) -> None:
         """Ends the lease; what was read and scores better than what is resident moves into slots."""
+        if self._reading is not None:
+            raise RuntimeError("complete the lease first, or drop it")
         self._leases -= 1
         self._policy.touch(lease.layer, lease.ids)
         missed = np.flatnonzero(~lease.hit)
@@ -217,8 +263,12 @@ class NeuronCache:
             self._admit(lease.layer, lease.ids[missed], lease.offsets[missed])
 
     def drop(self, lease: Lease) -> None:
-        """Ends the lease of a step that failed; what was read is forgotten."""
+        """Ends the lease of a step that failed; what was read is forgotten, what is being read is waited for."""
         self._leases -= 1
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            with contextlib.suppress(ReadError):
+                self._finish(lease.layer, reading)
 
     def volumes(self, layer: int, ids: np.ndarray) -> tuple[ReadVolume, ReadVolume]:
         """What `acquire` of `ids` would read now, and what `stream` would."""
@@ -343,32 +393,40 @@ class NeuronCache:
         self._counts.ahead_wasted += ahead.ids.size - num_used
         return True
 
-    def _bring(self, layer: int, ids: np.ndarray, ahead: _Ahead | None) -> tuple[np.ndarray, int] | None:
-        """Reads absent records, but for those that come ahead: where each is, int64 [K], and how many had come already.
-
-        None when they do not fit staging.
-        """
+    def _start(self, layer: int, ids: np.ndarray, ahead: _Ahead | None) -> _Reading | None:
+        """Submits reads of the absent `ids`, but for those that come ahead. None when they do not fit staging."""
         early = np.zeros(ids.size, bool) if ahead is None else np.isin(ids, ahead.ids, assume_unique=True)
         late = ids[~early]
         plan = self._plan(layer, late, self._demanded) or self._plan(layer, late, self._demanded, merge_gap=0)
-        num_early = int(np.count_nonzero(early))
-        num_arrived = num_early if ahead is not None and self._reader.done(ahead.ticket) else 0
-        there = True
-        try:
-            if plan is not None and late.size:
-                self._read(plan)
-        finally:
-            if ahead is not None:
-                there = self._settle(ahead, 0 if plan is None else num_early)
-        if not there:
-            return self._bring(layer, ids, None)
         if plan is None:
+            if ahead is not None:
+                self._settle(ahead, 0)
             return None
         places = np.empty(ids.size, np.int64)
         places[~early] = plan.record_offsets
+        num_arrived = 0
         if ahead is not None:
             places[early] = ahead.offsets[np.searchsorted(ahead.ids, ids[early])]
-        return places, num_arrived
+            num_arrived = int(np.count_nonzero(early)) if self._reader.done(ahead.ticket) else 0
+        ticket = self._submit(plan, plan.arena_offsets) if late.size else None
+        return _Reading(ids, early, places, ticket, ahead, num_arrived)
+
+    def _finish(self, layer: int, reading: _Reading) -> np.ndarray:
+        """Waits until everything has come to rest; where each record is, int64 [M]. Raises ReadError."""
+        there = True
+        try:
+            if reading.ticket is not None:
+                self._wait(reading.ticket)
+        finally:
+            if reading.ahead is not None:
+                there = self._settle(reading.ahead, int(np.count_nonzero(reading.early)))
+        if not there and reading.early.any():  # read again what is wanted of it, where it was to land
+            plan = self._plan(layer, reading.ids[reading.early], self._speculated)
+            if plan is None:
+                raise RuntimeError("a part of what was read ahead does not fit where all of it did")
+            self._read(plan)
+            reading.places[reading.early] = plan.record_offsets
+        return reading.places
 
     def _plan(
         self, layer: int, ids: np.ndarray, room: tuple[int, int], merge_gap: int | None = None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cache.bundle import BundleDtype, BundleLayout
-from cache.neuron_cache import Chunk, NeuronCache
+from cache.neuron_cache import Chunk, Lease, NeuronCache
 from runtime.activation import activation
 from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
@@ -22,6 +22,7 @@ from runtime.kernels import Kernels
 from runtime.predictor import Predictor
 from runtime.read_cost import prefer_stream
 
+_WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 
@@ -77,6 +78,7 @@ class OffloadedFFN:
         self._predictor = predictor
         self._gemm_dtype = gemm_dtype
         self._arena = torch.from_numpy(cache.arena)
+        self._adds_in_order = kernels.name != "reference"  # neuron by neuron, so that a sum may be made in pieces
         self._active_at = active_at
         self._auditor = auditor
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
@@ -160,14 +162,23 @@ class OffloadedFFN:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
         if part.mask is None:
             raise RuntimeError("rows without a mask want all neurons")
-        lease = self._cache.acquire(layer, ids)
+        lease = self._cache.begin(layer, ids)
         if lease is None:
             self._overflow += 1
             return False
-        rows = None if part.x.shape[0] == 1 else np.ascontiguousarray(part.mask[:, ids])
+        mask = None if part.x.shape[0] == 1 else part.mask[:, ids]
         with lease:
-            self._run(part.x, lease.offsets, rows, part.out, self._active_at_of(layer, ids))
+            at_once = lease.num_ready if self._adds_in_order and _WORTH_A_CALL <= lease.num_ready < ids.size else 0
+            self._run_some(layer, part, lease, mask, slice(0, at_once))  # while the others are read
+            self._cache.complete(lease)
+            self._run_some(layer, part, lease, mask, slice(at_once, ids.size))
         return True
+
+    def _run_some(self, layer: int, part: _Part, lease: Lease, mask: np.ndarray | None, some: slice) -> None:
+        """Adds some of the lease's records to the part's `out`, in order; mask bool [N, K]."""
+        if some.start < some.stop:
+            own = None if mask is None else np.ascontiguousarray(mask[:, some])
+            self._run(part.x, lease.offsets[some], own, part.out, self._active_at_of(layer, lease.ids[some]))
 
     def _active_at_of(self, layer: int, ids: np.ndarray | slice) -> np.ndarray | None:
         return None if self._active_at is None else self._active_at[layer, ids]

@@ -670,3 +670,22 @@ def test_select() -> None:
     assert select().name in NAMES
     with pytest.raises(UnsupportedError, match="'neon'"):
         select("neon")
+
+
+@pytest.mark.parametrize("dtype", list(BundleDtype))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_native_sums_made_in_pieces_are_those_made_at_once(native: Kernels, dtype: BundleDtype, rows: int) -> None:
+    """Bit for bit: what is resident may be computed while the rest is read."""
+    num, hidden = 53, 97
+    layer = Layer(num, hidden, True, dtype)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows, hidden)).astype(np.float32)
+    mask = rng.random((rows, num)) < 0.6
+    whole = np.zeros_like(x)
+    native.ffn(x, layer.arena, layer.offsets, mask, layer.layout, "relu2", whole)
+    for cut in (0, 1, 8, 21, 52, num):
+        pieces = np.zeros_like(x)
+        for some in (slice(0, cut), slice(cut, num)):
+            own = np.ascontiguousarray(mask[:, some])
+            native.ffn(x, layer.arena, layer.offsets[some], own, layer.layout, "relu2", pieces)
+        np.testing.assert_array_equal(pieces, whole)

@@ -301,3 +301,38 @@ def test_guesses_are_bounded_and_need_a_cache_made_for_them(file: BundleFile) ->
     with pytest.raises(RuntimeError, match="release"):
         cache.prefetch(1, np.array([2], np.int32))
     cache.release(lease)
+
+
+# -- begin and complete -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_ready_at_once_is_right_before_the_rest_is_read(file: BundleFile) -> None:
+    cache = make(file, 40)
+    cache.warm(1)  # the first 40
+    ids = np.arange(0, 300, 7, dtype=np.int32)
+    lease = cache.begin(1, ids)
+    assert lease is not None and lease.num_ready == 6
+    expected = vectors(1)["down"][ids]
+    np.testing.assert_array_equal(read_back(cache, lease.offsets[:6], "down"), expected[:6])
+    with pytest.raises(RuntimeError, match="complete"):
+        cache.release(lease)
+    cache.complete(lease)
+    np.testing.assert_array_equal(read_back(cache, lease.offsets, "down"), expected)
+    cache.release(lease)
+    tier = cache.snapshot().tiers["cpu"]
+    assert (tier.lookups, tier.hits) == (ids.size, 6)
+    whole = cache.begin(1, np.arange(3, dtype=np.int32))
+    assert whole is not None and whole.num_ready == 3
+
+
+def test_a_lease_dropped_before_it_is_complete_leaves_a_cache_that_works(file: BundleFile) -> None:
+    cache = make(file, 0, lookahead=True)
+    ids = np.array([3, 33, 600], np.int32)
+    cache.prefetch(0, ids[:2])
+    with pytest.raises(ZeroDivisionError):
+        lease = cache.begin(0, ids)
+        assert lease is not None
+        with lease:
+            raise ZeroDivisionError
+    assert check_lease(cache, 0, ids) == 0
+    cache.close()
