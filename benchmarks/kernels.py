@@ -106,7 +106,7 @@ def linear_cases(kernels: NativeKernels, data: Data, batch: int) -> Iterator[Cas
 
 def plane_case(kernels: NativeKernels, data: Data, hidden: int, num: int, bits: float, gated: bool, batch: int) -> Case:
     """Sketches of as many layers as no cache holds."""
-    sketches = [_sketch(data, hidden, num, bits, gated) for _ in range(8 if num > 4096 else 160)]
+    sketches = [random_sketch(data.rng, hidden, num, bits, gated) for _ in range(8 if num > 4096 else 160)]
     read = sketches[0].num_bytes
     x, out = data.floats(batch, hidden), np.zeros((batch, num), np.float32)
     turn = cycle(sketches)
@@ -120,17 +120,18 @@ def plane_case(kernels: NativeKernels, data: Data, hidden: int, num: int, bits: 
     return Case(f"plane_scores {shape}, batch {batch}", calls * read, call)
 
 
-def _sketch(data: Data, hidden: int, num: int, bits: float, gated: bool) -> PlaneSketch:
-    def matrix() -> PlaneMatrix:
-        allotted = allot_bits(np.exp(data.rng.normal(0, 1, hidden)), round(bits * hidden / 16) * 16).astype(np.uint8)
-        size = num * padded_bytes(int(allotted.sum()))
-        codes = data.rng.bytes(size)
-        half = np.ones(max(hidden, num), np.float16)
-        return PlaneMatrix(
-            allotted, half[:hidden], np.frombuffer(codes, np.uint8).reshape(num, -1), half[:num], half[:num], 1.0, 1.0
-        )
+def random_sketch(
+    rng: np.random.Generator, hidden: int, num: int, bits: float, gated: bool, act: str = "relu2"
+) -> PlaneSketch:
+    """Of the size of a real one at `bits` a weight; its scores mean nothing."""
 
-    return PlaneSketch("relu2", matrix() if gated else None, matrix(), num, None if gated else np.ones(num, np.float16))
+    def matrix() -> PlaneMatrix:
+        allotted = allot_bits(np.exp(rng.normal(0, 1, hidden)), round(bits * hidden / 16) * 16).astype(np.uint8)
+        codes = np.frombuffer(rng.bytes(num * padded_bytes(int(allotted.sum()))), np.uint8).reshape(num, -1)
+        half = np.ones(max(hidden, num), np.float16)
+        return PlaneMatrix(allotted, half[:hidden], codes, half[:num].copy(), half[:num].copy(), 1.0, 1.0)
+
+    return PlaneSketch(act, matrix() if gated else None, matrix(), num, None if gated else np.ones(num, np.float16))
 
 
 def attention_case(kernels: NativeKernels, data: Data, num_tokens: int) -> Case:

@@ -69,6 +69,9 @@ class LoadOptions:
     lookahead: str = "none"  # attention: predict and read before a layer's attention too (benchmarks/LOG.md)
 
 
+AdaptPredictor = Callable[[Predictor | None, Kernels], Predictor]
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that is warm; the engine is not started yet."""
@@ -183,8 +186,12 @@ def open_forecast(model: str, plan: Plan, options: PlanOptions) -> Forecast | No
     return forecast(packed.bundles, _slots(plan, sparse), frequency, plan.multiplied_bytes, terms, machine, dense)
 
 
-def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
-    """Loads a model and warms its cache. Raises ColdstreamError, before anything large is read if it can."""
+def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredictor | None = None) -> Loaded:
+    """Loads a model and warms its cache. Raises ColdstreamError, before anything large is read if it can.
+
+    adapt: gives the predictor that takes the place of the model's own (None in mode dense), which it is shown; what
+    the new one keeps in memory is not in the plan.
+    """
     _check_options(options)
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
     packed = find_or_pack(model, progress)
@@ -211,6 +218,8 @@ def load(model: str, options: LoadOptions, progress: Progress) -> Loaded:
     profile = packed.read(PROFILE)
     sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if mode == "sparse" else None
     predictor = _predictor(packed, sparse, mode, kernels)
+    if adapt is not None:
+        predictor = adapt(predictor, kernels)
     lookahead = options.lookahead == "attention" and predictor is not None
     frequency = profile["frequency"][0] if sparse is None else sparse.frequency
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)

@@ -1,0 +1,256 @@
+"""Active sets of a real model on real text, recorded, and forced on a model of a large shape with random weights.
+
+    python -m benchmarks.traces record MODEL --out FILE [--tokens 2304] [--cett 0.05]
+    python -m benchmarks.traces bench PACKED --trace FILE [--memory 3GiB] [--prompt-tokens 512] [--tokens 256]
+
+Random weights have no skew, no reuse and no co-activation, and their text loops; so what is read and computed for each
+token is decided by a trace of a real ReLU² model instead: every layer of F neurons replays F / 1,536 layers of the real
+one, drawn anew for each layer, side by side. Which of them is drawn never changes within a run, so that reuse between
+tokens, the sizes of the sets and which neurons go together are the real ones. Neurons are numbered by their frequency
+on the calibration text, the hottest first, as in a packed model. The predictor's pass is run at its real size, on
+sketches of random bits, and its answer is thrown away. The shares and the reuse of what was replayed are measured in
+the run. Knows predictors by their protocol; nothing in runtime/ knows of traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.kernels import random_sketch
+from benchmarks.predictors import TEXTS, forward
+from cache.budget import parse_size
+from runtime.affinity import reuse
+from runtime.bench import measure
+from runtime.calibrate import LayerTail, thresholds
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.ffn import DenseFFN
+from runtime.kernels import Kernels
+from runtime.load import LoadOptions, default_heldout, load
+from runtime.packed import open_packed
+from runtime.plan import FfnCache
+from runtime.predictor import Predictor
+from runtime.sketches import PlaneSketch
+from runtime.tokenizer import Tokenizer
+
+ROW_STEP = 131  # tokens of the trace between two rows of a batch, so that they are not at the same place of the text
+_THRESHOLD_TOKENS = 1536
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What each of T tokens of one text activates in L layers of F neurons.
+
+    bits: uint8 [L, T, F / 8 rounded up], bit i % 8 of byte i // 8 is neuron i; frequency: float32 [L, F], share of
+    tokens of another text. ValueError when the shapes do not belong together.
+    """
+
+    bits: np.ndarray
+    frequency: np.ndarray
+
+    def __post_init__(self) -> None:
+        layers, neurons = self.frequency.shape
+        if self.bits.ndim != 3 or (self.bits.shape[0], self.bits.shape[2]) != (layers, -(-neurons // 8)):
+            raise ValueError(f"bits of {self.bits.shape} do not fit {layers} layers of {neurons} neurons")
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.bits.shape[1])
+
+    def active(self, layer: int) -> np.ndarray:
+        """bool [T, F] of one layer."""
+        num = self.frequency.shape[1]
+        return np.unpackbits(self.bits[layer], axis=1, count=num, bitorder="little").astype(bool)
+
+    def save(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, bits=self.bits, frequency=self.frequency)
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """SystemExit when the file is missing or no trace."""
+        try:
+            with np.load(path) as arrays:
+                return cls(arrays["bits"], arrays["frequency"])
+        except (OSError, KeyError, ValueError) as error:
+            raise SystemExit(f"--trace {path}: not a trace ({error})") from error
+
+
+def record(checkpoint: Checkpoint, calibration: torch.Tensor, heldout: torch.Tensor, cett: float) -> Trace:
+    """Active sets of the dense model on the held-out tokens [T] at the threshold of each layer that gives the CETT on
+    the calibration tokens [S, T]."""
+    bits, frequencies = [], []
+    for ffn, inputs in forward(checkpoint, torch.cat([calibration, heldout[None]])):
+        h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])  # [S + 1, T, F]
+        known = h[:-1].flatten(0, 1)
+        rows = torch.linspace(0, known.shape[0] - 1, min(_THRESHOLD_TOKENS, known.shape[0])).long()
+        tail = LayerTail(known[rows], ffn.down)
+        at = thresholds(tail, tail.magnitude, [cett])[0] / ffn.down.norm(dim=1).clamp_min(1e-30)
+        active = (h.abs() >= at) & (h != 0)
+        bits.append(np.packbits(active[-1].numpy(), axis=1, bitorder="little"))
+        frequencies.append(active[:-1].float().mean(dim=(0, 1)).numpy())
+        print(f"layer {len(bits) - 1}: {100 * float(active[-1].float().mean()):.1f} % active", flush=True)
+    return Trace(np.stack(bits), np.stack(frequencies))
+
+
+class ReplayPredictor:
+    """Forces the trace's sets on `num_layers` layers of `num_neurons`; a token of the trace for each call of a layer.
+
+    pass_of(layer, x): what a real predictor would compute, run and forgotten. calls_per_token: 2 where the model looks
+    ahead, whose guesses are then always right. Row b of a batch is ROW_STEP * b tokens further. ValueError when the
+    layers are not whole multiples of the trace's.
+    """
+
+    name = "trace"
+
+    def __init__(
+        self,
+        trace: Trace,
+        num_layers: int,
+        num_neurons: int,
+        pass_of: Callable[[int, np.ndarray], object],
+        pass_bytes: int = 0,
+        calls_per_token: int = 1,
+        seed: int = 0,
+    ) -> None:
+        real_layers, real_neurons = trace.frequency.shape
+        if num_neurons % real_neurons:
+            raise ValueError(f"layers of {num_neurons} neurons are not whole multiples of the trace's {real_neurons}")
+        rng = np.random.default_rng(seed)
+        parts = num_neurons // real_neurons
+        draws = -(-parts // real_layers)
+        self._parts = [
+            np.concatenate([rng.permutation(real_layers) for _ in range(draws)])[:parts] for _ in range(num_layers)
+        ]
+        # by frequency, hottest first, as in a packed model
+        self._order = [np.argsort(-trace.frequency[p].ravel(), kind="stable") for p in self._parts]
+        self._trace, self._pass_of, self.num_bytes = trace, pass_of, pass_bytes
+        self._calls_per_token = calls_per_token
+        self._calls = np.zeros(num_layers, np.int64)
+        self._replayed: list[np.ndarray] = []  # of layer 0, packed: what `facts` looks at
+
+    def predict(self, layer: int, x: np.ndarray) -> np.ndarray:
+        self._pass_of(layer, x)
+        token = int(self._calls[layer]) // self._calls_per_token
+        self._calls[layer] += 1
+        mask = np.stack([self.active(layer, token + ROW_STEP * b) for b in range(x.shape[0])])
+        if layer == 0 and self._calls[0] % self._calls_per_token == 0:
+            self._replayed.append(np.packbits(mask[0]))
+        return mask
+
+    def active(self, layer: int, token: int) -> np.ndarray:
+        """bool [F]; the trace begins again after its last token."""
+        bits = self._trace.bits[self._parts[layer], token % self._trace.num_tokens]  # [parts, bytes]
+        real = np.unpackbits(bits, axis=1, count=self._trace.frequency.shape[1], bitorder="little")
+        return np.asarray(real.ravel()[self._order[layer]].view(bool))
+
+    def facts(self) -> dict[str, float]:
+        """Of layer 0 and the first rows so far: share of neurons that were active, and reuse between tokens."""
+        sets = np.unpackbits(np.stack(self._replayed), axis=1, count=self._order[0].size).astype(bool)
+        return {"active_share": float(sets.mean()), "reuse": reuse(sets[None])}
+
+
+def sketch_pass(sketches: Sequence[PlaneSketch], kernels: Kernels) -> Callable[[int, np.ndarray], object]:
+    """A predictor's pass over sketches, its scores dropped."""
+
+    def run(layer: int, x: np.ndarray) -> None:
+        kernels.plane_scores(x, sketches[layer], np.empty((x.shape[0], sketches[layer].up.codes.shape[0]), np.float32))
+
+    return run
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """`coldstream bench` of a packed model, the trace in its predictor's place; its figures and the trace's own."""
+    trace = Trace.read(options.trace)
+    config = open_packed(Path(options.model)).config
+    made: list[ReplayPredictor] = []
+
+    def adapt(_: Predictor | None, kernels: Kernels) -> Predictor:
+        rng, size = np.random.default_rng(1), (config.hidden_size, config.intermediate_size)
+        sketches = [
+            random_sketch(rng, *size, options.sketch_bits, config.gated, config.hidden_act)
+            for _ in range(config.num_hidden_layers)
+        ]
+        run, num_bytes = sketch_pass(sketches, kernels), sum(s.num_bytes for s in sketches)
+        calls = 2 if options.lookahead == "attention" else 1
+        made.append(
+            ReplayPredictor(
+                trace, config.num_hidden_layers, config.intermediate_size, run, num_bytes, calls, options.seed
+            )
+        )
+        return made[0]
+
+    wanted = LoadOptions(
+        memory_bytes=None if options.memory is None else parse_size(options.memory),
+        ffn_cache=None if options.ffn_cache is None else FfnCache.parse(options.ffn_cache),
+        mode=options.mode,
+        threads=options.threads,
+        lookahead=options.lookahead,
+    )
+    loaded = load(options.model, wanted, lambda what, share: None, adapt)
+    try:
+        found = measure(loaded, options.prompt_tokens, options.tokens, default_heldout())
+        counted = {"overflow": loaded.model.counters().overflow}
+    finally:
+        loaded.close()
+    return found | counted | made[0].facts() | {"vocab_size": config.vocab_size, "sketch_bytes": made[0].num_bytes}
+
+
+def tokens_of(tokenizer: Tokenizer, name: str, windows: int, length: int) -> torch.Tensor:
+    """The first tokens of a text that comes with coldstream, int64 [windows, length]. SystemExit when it is shorter."""
+    ids = tokenizer.encode((TEXTS / name).read_text(encoding="utf-8"), add_special=False)
+    if len(ids) < windows * length:
+        raise SystemExit(f"--tokens {length}: {name} has {len(ids)} tokens, {windows * length} are needed")
+    return torch.tensor(ids[: windows * length]).view(windows, length)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("record", help="write the active sets of a real model")
+    one.add_argument("model", help="a checkpoint")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--tokens", type=int, default=2304, help="of the held-out text, in one window")
+    one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens, for the thresholds")
+    one.add_argument("--cett", type=float, default=0.05)
+    two = verbs.add_parser("bench", help="decode with the sets of a trace")
+    two.add_argument("model", help="a packed model, of random weights for instance")
+    two.add_argument("--trace", type=Path, required=True)
+    two.add_argument("--memory", help="as in `coldstream serve`; what the sketches keep comes on top")
+    two.add_argument("--ffn-cache", help="as in `coldstream serve`")
+    two.add_argument("--mode", default="auto", choices=["auto", "dense", "sparse"], help="that memory is planned for")
+    two.add_argument("--threads", type=int)
+    two.add_argument("--lookahead", default="none", choices=["none", "attention"])
+    two.add_argument("--sketch-bits", type=float, default=1.7)
+    two.add_argument("--prompt-tokens", type=int, default=512)
+    two.add_argument("--tokens", type=int, default=256)
+    two.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    options = arguments()
+    if options.verb == "bench":
+        print(json.dumps(bench(options)))
+        return
+    checkpoint = open_checkpoint(options.model)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    calibration = tokens_of(tokenizer, "calibration.txt", options.calibration_windows, options.tokens)
+    trace = record(checkpoint, calibration, tokens_of(tokenizer, "heldout.txt", 1, options.tokens)[0], options.cett)
+    trace.save(options.out)
+    shares = [float(trace.active(i).mean()) for i in range(trace.bits.shape[0])]
+    again = [reuse(trace.active(i)[None]) for i in range(trace.bits.shape[0])]
+    facts = {"tokens": trace.num_tokens, "active_share": float(np.mean(shares)), "reuse": float(np.nanmean(again))}
+    print(json.dumps({"file_bytes": options.out.stat().st_size, "cett": options.cett} | facts))
+
+
+if __name__ == "__main__":
+    main()
