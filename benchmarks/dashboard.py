@@ -1,6 +1,6 @@
 """Hold the dashboard and the alerts to a real server and a real Prometheus: every expression must return data.
 
-    python -m benchmarks.dashboard [--model MODEL] [--seconds S] [--plot PNG] [--json JSON]
+    python -m benchmarks.dashboard [--seconds S] [--plot PNG] [--json JSON] [-- SERVE...]
 
 Starts `coldstream serve` and Debian's `prometheus` (with docker/alerts.yml), drives the recorded load below, then runs
 each PromQL expression of docker/grafana/dashboards/coldstream.json, and both sides of each alert's comparison, over the
@@ -199,13 +199,12 @@ def _leave(url: str, outcome: dict[str, int]) -> None:
 
 
 def measure(
-    model: str | None, seconds: float
+    arguments: Sequence[str], seconds: float
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[tuple[float, float]]]]]:
     """(what is written as JSON, the series of the plotted panels by title and legend)."""
-    arguments = [*([model] if model else []), "--audit-rate", "0.02", "--max-num-seqs", "4"]
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     alerts = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))
-    with serving(arguments) as served, prometheus(served.url.removeprefix("http://")) as url:
+    with serving([*arguments, "--audit-rate", "0.02"]) as served, prometheus(served.url.removeprefix("http://")) as url:
         start_s = time.time()
         outcome = drive(served.url, seconds)
         end_s = time.time()
@@ -277,12 +276,12 @@ def _panels() -> Sequence[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="without it the default model")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the load, at least")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("serve", nargs="*", help="of `coldstream serve`: the model and options")
     arguments = parser.parse_args()
-    figures, drawn = measure(arguments.model, arguments.seconds)
+    figures, drawn = measure(arguments.serve, arguments.seconds)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.plot is not None:

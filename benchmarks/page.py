@@ -1,6 +1,6 @@
 """Look at the built-in page over a real model: ask, watch the counters, take a picture.
 
-    python -m benchmarks.page [--model MODEL] [--url URL] [--shot PNG] [--json JSON]
+    python -m benchmarks.page [--url URL] [--shot PNG] [--json JSON] [-- SERVE...]
 
 Starts `coldstream serve` unless --url names a server. Fails when no answer came, or when a counter of a tier stayed 0.
 Needs Debian's chromium and chromium-driver. The last line of standard output is one JSON object.
@@ -31,7 +31,7 @@ COUNTERS = {
 
 def look(url: str, shot: Path | None, tokens: int) -> dict[str, Any]:
     """What the page showed after one answer; the picture is taken while the second one is under way."""
-    with Chromium(1180, 760) as browser:
+    with Chromium(1180, 960) as browser:
         browser.open(f"{url}/")
         wait_for(lambda: browser.text("#state") == "ready", "the server to be ready")
         browser.run(f"document.getElementById('max-tokens').value = {tokens}")
@@ -80,17 +80,17 @@ def _server(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.url:
         yield arguments.url
     else:
-        with serving([arguments.model] if arguments.model else []) as served:
+        with serving(arguments.serve) as served:
             yield served.url
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
     parser.add_argument("--url")
     parser.add_argument("--shot", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("serve", nargs="*", help="of `coldstream serve`: the model and options")
     arguments = parser.parse_args()
     with _server(arguments) as url:
         seen = {"chromium": _chromium_version(), **look(url, arguments.shot, arguments.tokens)}

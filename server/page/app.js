@@ -254,7 +254,8 @@ function showTiers(before, after) {
     put(tier, "hit-rate", percent(rate)); // of the last second; of all time while nothing is asked for
     put(tier, "hits", count(total("neuron_cache_hits_total")));
     put(tier, "lookups", count(total("neuron_cache_lookups_total")));
-    put(tier, "used", `${bytes(used)} of ${bytes(capacity)}`);
+    put(tier, "used", bytes(used));
+    put(tier, "capacity", bytes(capacity));
     tier.querySelector('[data-is="filled"]').style.width = capacity ? percent(used / capacity).replace(" ", "") : "0";
   }
 }
