@@ -37,6 +37,7 @@ from cache.errors import ColdstreamError  # noqa: E402
 from runtime import sparsify as job  # noqa: E402
 from runtime.checkpoint import open_checkpoint  # noqa: E402
 from runtime.distill import ACTS, Recipe, Report, Sparsifier  # noqa: E402
+from runtime.quantise import codes  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 from runtime.served import perplexity  # noqa: E402
 from runtime.student import Decoder, load_teacher, student_of  # noqa: E402
@@ -125,14 +126,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     figures = job.figures_of(run, checkpoint, material, model, identity | {"heldout": "heldout.txt"})
     figures |= own_figures(run, material, figures)
     made = options.work / name_of(options)
-    export(run.student, made)
+    export(run.student, made, recipe.bits)
     for folder in (made, options.out):
         (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return {"state": "done", **{k: figures[k] for k in ("teacher", "result", "samples", "checks", "seconds")}}
 
 
 def name_of(options: argparse.Namespace) -> str:
-    return f"{options.act}-{'gated' if options.gated else 'pairs'}"
+    return f"{options.act}-{'gated' if options.gated else 'pairs'}{f'-{options.bits}bit' if options.bits else ''}"
 
 
 def material_of(tokenizer: Tokenizer, model: str, recipe: Recipe, asked: job.SparsifyOptions) -> job.Material:
@@ -146,10 +147,11 @@ def planned(options: argparse.Namespace, asked: job.SparsifyOptions, model: str,
     config = open_checkpoint(model).config
     kept = options.work / f"{name_of(options)}-plan.json"
     if options.tokens:
-        return job.fitted(job.recipe_for(config, replace(asked, tokens=options.tokens)), config, device)
+        recipe = job.fitted(job.recipe_for(config, replace(asked, tokens=options.tokens)), config, device)
+        return replace(recipe, bits=options.bits)
     if kept.is_file():
         return Recipe(**json.loads(kept.read_text()))
-    recipe = job.fitted(job.recipe_for(config, asked), config, device)
+    recipe = replace(job.fitted(job.recipe_for(config, asked), config, device), bits=options.bits)
     pace = seconds_a_step(recipe, asked, model, device)
     steps = max(1, int(MARGIN * 60 * options.minutes / pace))
     recipe = replace(recipe, tokens=steps * recipe.batch * recipe.window)
@@ -228,18 +230,19 @@ def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]
 # --- What comes back ---
 
 
-def export(student: Decoder, folder: Path) -> None:
-    """FFN as int8 with a scale a neuron, norms in fp32, in files of under 16 MiB: part-NN.safetensors."""
+def export(student: Decoder, folder: Path, bits: int) -> None:
+    """FFN with a scale a neuron, norms in fp32, in files of under 16 MiB: part-NN.safetensors."""
     from safetensors.torch import save_file
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for i, tensors in enumerate(_filled(int8_tensors(student))):
+    for i, tensors in enumerate(_filled(coded_tensors(student, bits or 8))):
         save_file(tensors, folder / f"part-{i:02}.safetensors")
 
 
-def int8_tensors(student: Decoder) -> Iterator[dict[str, torch.Tensor]]:
-    """What trained, a tensor at a time under the checkpoint's name, with NAME.scale [F] where it is a matrix."""
+def coded_tensors(student: Decoder, bits: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What trained, a tensor at a time under the checkpoint's name: int8 codes, or with 4 bits two codes plus 8 a byte
+    (the earlier one low), as a flat uint8; and NAME.scale [F]."""
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -247,8 +250,12 @@ def int8_tensors(student: Decoder) -> Iterator[dict[str, torch.Tensor]]:
         if weight.dim() == 1:
             yield {name: weight}
             continue
-        scale = weight.abs().amax(dim=neuron_dim(name), keepdim=True).clamp_min(1e-12) / 127
-        yield {name: (weight / scale).round().to(torch.int8), f"{name}.scale": scale.flatten()}
+        found, scale = codes(weight, bits, neuron_dim(name))
+        if bits == 4:
+            low, high = (found + 8).to(torch.uint8).view(-1, 2).unbind(1)
+            yield {name: low | high << 4, f"{name}.scale": scale.flatten()}
+        else:
+            yield {name: found.to(torch.int8), f"{name}.scale": scale.flatten()}
 
 
 def neuron_dim(name: str) -> int:
@@ -292,20 +299,23 @@ def assemble(options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(restored(name, parts))
+                parameter.copy_(restored(name, parts, parameter.shape))
     options.out.mkdir(parents=True)
     write_student(student, checkpoint, Tokenizer.from_checkpoint(checkpoint), options.out)
     write_figures(figures, options.out)
     return {"out": str(options.out), "tensors": math.ceil(len(parts) / 2)}
 
 
-def restored(name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A tensor of `int8_tensors` in fp32. SystemExit when a file is missing."""
+def restored(name: str, parts: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """A tensor of `coded_tensors` in fp32. SystemExit when a file is missing."""
     if name not in parts:
         raise SystemExit(f"{name} is in none of the files; fetch the others too")
     if f"{name}.scale" not in parts:
         return parts[name]
-    return parts[name].float() * parts[f"{name}.scale"].unsqueeze(neuron_dim(name))
+    found = parts[name]
+    if found.dtype == torch.uint8:
+        found = torch.stack([found & 15, found >> 4], dim=1).view(shape).float() - 8
+    return found.float() * parts[f"{name}.scale"].unsqueeze(neuron_dim(name))
 
 
 def arguments() -> argparse.Namespace:
@@ -319,6 +329,7 @@ def arguments() -> argparse.Namespace:
         one.add_argument("--out", type=Path, required=True, help="an existing folder")
         one.add_argument("--act", choices=ACTS, default="relu2")
         one.add_argument("--gated", action=argparse.BooleanOptionalAction, default=True)
+        one.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="of the FFN, trained to be rounded so")
         if name == "fetch":
             one.add_argument("--first", type=int, default=0)
             one.add_argument("--count", type=int, default=4)

@@ -67,6 +67,7 @@ class Recipe:
     refresh: int = 100  # steps between two measurements of the thresholds
     evaluations: int = 20
     moments: str = "fp32"  # or bf16
+    bits: int = 0  # of the FFN's weights, rounded as they will be in the last third of the steps; 0: not rounded
     seed: int = 0
 
     @property
@@ -203,7 +204,10 @@ class Sparsifier:
         self.progress.step += 1
 
     def _begin(self, step: int, phase: str) -> None:
-        """Thresholds at the beginning of a phase and every `refresh` steps of it."""
+        """Thresholds at the beginning of a phase and every `refresh` steps of it; rounding for the last third."""
+        if 3 * step >= 2 * self.recipe.steps:
+            for block in self.student.blocks:
+                block.mlp.bits = self.recipe.bits
         if phase == "layers":
             return
         new = step == 0 or self.recipe.phase(step - 1) != phase

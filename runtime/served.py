@@ -52,7 +52,7 @@ def measure_thresholds(
 
     def visit(layer: int, ffn: Ffn, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            tail = LayerTail(h.float(), ffn.down_proj.weight.float().T, centred)
+            tail = LayerTail(h.float(), ffn.down().float().T, centred)
             found = tail.magnitude if scores is None else scores[layer](x)
             epsilon.append(thresholds(tail, found, cetts))
         shares.append([_share(found, float(e), scores is None) for e in epsilon[-1]])

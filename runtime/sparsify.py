@@ -290,7 +290,10 @@ def start(checkpoint: Checkpoint, recipe: Recipe, material: Material, device: to
 def figures_of(
     run: Sparsifier, checkpoint: Checkpoint, material: Material, model: str, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """All of sparsify.json: settings, the curve, the teacher and the student on held-out text."""
+    """All of sparsify.json: settings, the curve, the teacher and the student on held-out text. The run is over then:
+    weights that were trained to be rounded are rounded first."""
+    for block in run.student.blocks:
+        block.mlp.settle()
     device = run.student.head.device
     calibration, heldout = material.calibration.to(device), material.heldout.to(device)
     value, error = perplexity(run.teacher, heldout)

@@ -21,6 +21,7 @@ from runtime.config import ModelConfig
 from runtime.layers import full_attention
 from runtime.model import LayerWeights, rms_norm, rope_tables
 from runtime.objective import Pressed, press
+from runtime.quantise import rounded, straight_through
 
 DRELU = "drelu"  # relu(gate) * relu(up), TurboSparse, arXiv 2406.05955: no class of transformers computes it
 
@@ -28,42 +29,60 @@ Visit = Callable[[int, "Ffn", torch.Tensor, torch.Tensor], torch.Tensor]  # laye
 
 
 class Weight(nn.Module):
-    """A matrix or vector under a checkpoint's name, and a bias where there is one; called, it is x weight^T."""
+    """A matrix or vector under a checkpoint's name, and a bias where there is one."""
 
     def __init__(self, shape: tuple[int, ...], bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[:1])) if bias else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
-
 
 class Ffn(nn.Module):
-    """act(gate x) * (up x), or act(up x) without a gate; drelu: relu(gate x) * relu(up x)."""
+    """act(gate x) * (up x), or act(up x) without a gate; drelu: relu(gate x) * relu(up x).
+
+    bits: 0, or the bits of its weights while rounding is trained; `settle` makes them what they are rounded to.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         wide, narrow = (config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
         self.gate_proj = Weight(wide) if config.gated else None
         self.up_proj, self.down_proj = Weight(wide), Weight(narrow)
+        self.bits = 0
         self._both = config.hidden_act == DRELU
         self._act = activation("relu" if self._both else config.hidden_act)
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """What each neuron multiplies its down vector with, x [..., D] -> [..., F]."""
-        up = self.up_proj(x)
+        up = F.linear(x, self._used(self.up_proj.weight, 1))
         if self.gate_proj is None:
             return self._act(up)
-        return self._act(self.gate_proj(x)) * (F.relu(up) if self._both else up)
+        gate = F.linear(x, self._used(self.gate_proj.weight, 1))
+        return self._act(gate) * (F.relu(up) if self._both else up)
 
     def combine(self, h: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(h)
+        return F.linear(h, self.down())
+
+    def down(self) -> torch.Tensor:
+        """[D, F], rounded where rounding is trained."""
+        return self._used(self.down_proj.weight, 0)
 
     def down_norm(self) -> torch.Tensor:
         """||down_i|| of every neuron, fp32 [F]."""
-        norm: torch.Tensor = torch.linalg.vector_norm(self.down_proj.weight.float(), dim=0)
+        norm: torch.Tensor = torch.linalg.vector_norm(self.down().float(), dim=0)
         return norm
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Weights become what they are rounded to."""
+        if self.bits:
+            for weight, dim in ((self.gate_proj, 1), (self.up_proj, 1), (self.down_proj, 0)):
+                if weight is not None:
+                    weight.weight.copy_(rounded(weight.weight, self.bits, dim))
+        self.bits = 0
+
+    def _used(self, weight: torch.Tensor, dim: int) -> torch.Tensor:
+        return straight_through(weight, self.bits, dim) if self.bits else weight
 
 
 class Attention(nn.Module):

@@ -58,7 +58,9 @@ def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console:
         )
     if not first:
         return
-    console.print(f"written: {escape(str(settings.out))}{_what_loads_it(settings.act)}", highlight=False)
+    console.print(
+        f"written: {escape(str(settings.out))}{_what_loads_it(settings.act)}", highlight=False, soft_wrap=True
+    )
     if settings.as_json:
         typer.echo(json.dumps(figures))
     else:
@@ -84,7 +86,7 @@ class _Reporter:
         if figures == self._shown or os.environ.get("RANK", "0") != "0":
             return
         self._shown = figures
-        self._console.print(report_line(report), highlight=False, markup=False)
+        self._console.print(report_line(report), highlight=False, markup=False, soft_wrap=True)
 
 
 def report_line(report: Report) -> str:

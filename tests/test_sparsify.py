@@ -17,18 +17,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks import sparsify_gpu as gpu
 from cache.errors import ColdstreamError, FormatError, UnsupportedError
 from runtime import sparsify as job
 from runtime.adamw import BETAS, AdamW
 from runtime.checkpoint import open_checkpoint
 from runtime.config import ModelConfig
-from runtime.distill import Recipe, Report
+from runtime.distill import Recipe, Report, Sparsifier
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.load import default_heldout
 from runtime.objective import kl_divergence, press, steered
 from runtime.prompts import Prompts
+from runtime.quantise import codes, rounded, straight_through
+from runtime.ranks import Ranks
 from runtime.served import find_thresholds, perplexity, serve_rule, sketch_scores, top_shares
 from runtime.student import Decoder, load_teacher, match_scale, student_of
 from runtime.student_checkpoint import CARD, FIGURES, hf_config
@@ -247,6 +251,7 @@ import sys, torch
 from runtime.checkpoint import open_checkpoint
 from runtime.distill import Recipe, Sparsifier
 from runtime.prompts import Prompts
+from runtime.quantise import codes, rounded, straight_through
 from runtime.ranks import Ranks
 from runtime.student import load_teacher
 torch.set_num_threads(1)
@@ -497,6 +502,48 @@ def test_the_rate_and_the_phases_of_a_recipe() -> None:
     assert recipe.lr_at(0) < recipe.lr_at(10) < recipe.lr_at(20) == pytest.approx(recipe.lr)
     assert recipe.lr_at(999) == pytest.approx(0.05 * recipe.lr, rel=1e-2)
     assert [recipe.phase(s) for s in (0, 49, 50, 999)] == ["layers", "layers", "press", "served"]
+
+
+# --- Few bits ---
+
+
+def test_rounding_is_to_the_nearest_and_changes_nothing_twice() -> None:
+    weight = torch.randn(9, 40, generator=torch.Generator().manual_seed(2))
+    found, scale = codes(weight, 4, 1)
+    assert found.abs().max() == 7 and torch.equal(found, found.round())
+    assert ((weight - found * scale).abs() <= scale / 2 + 1e-6).all()
+    once = rounded(weight, 4, 1)
+    torch.testing.assert_close(rounded(once, 4, 1), once)
+    weight.requires_grad_()
+    through = straight_through(weight, 4, 1)
+    torch.testing.assert_close(through, once)
+    through.sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None and (weight.grad == 1).all()
+
+
+def test_a_run_with_few_bits_ends_rounded_and_comes_back_as_it_was(
+    tiny_llama: TinyModel, teacher: Decoder, tmp_path: Path
+) -> None:
+    """Through the files of benchmarks/sparsify_gpu.py, which pack two codes a byte."""
+    recipe = replace(small(teacher.config, OPTIONS), tokens=12 * 4 * WINDOW, bits=4, sampled=16)
+    run_ = Sparsifier(teacher, recipe, Prompts.make([], [], 320), *[written(teacher, 2, 7)] * 2, Ranks())
+    run_.run(None, {}, Reports())
+    tokens = written(teacher, 2, 8)
+    with torch.no_grad():
+        trained_ = run_.student.logits(tokens)
+        for block in run_.student.blocks:
+            block.mlp.settle()
+        torch.testing.assert_close(run_.student.logits(tokens), trained_, rtol=1e-4, atol=1e-4)
+    row = run_.student.blocks[0].mlp.up_proj.weight[3]
+    assert row.unique().numel() <= 15
+    for bits in (4, 8):
+        gpu.export(run_.student, tmp_path / str(bits), bits)
+        parts = {k: v for p in (tmp_path / str(bits)).iterdir() for k, v in load_file(p).items()}
+        for name, parameter in run_.student.named_parameters():
+            if parameter.requires_grad:
+                tolerance = 1e-6 if bits == 4 else 5e-3 * float(parameter.detach().abs().max())
+                found = gpu.restored(name, parts, parameter.shape)
+                torch.testing.assert_close(found, parameter.detach(), rtol=1e-5, atol=tolerance)
 
 
 # --- Refusals ---
