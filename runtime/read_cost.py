@@ -13,7 +13,7 @@ from cache.bundle import BundleLayout
 from cache.device_curve import ReadCost
 from cache.reader import ReadVolume, plan_reads
 
-_HANDLING_BYTE_S = 0.2e-9  # seconds a byte that is checked or copied takes, however it came
+_HANDLING_BYTE_S = 0.2e-9  # seconds of checking or copying a byte, however it came: 5 GB/s, assumed
 _STAGING = 1 << 62  # bytes: nothing is refused here
 
 
