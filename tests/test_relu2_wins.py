@@ -31,12 +31,12 @@ SHAPE = {
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The training script as a module: it is run, not installed, and finds its neighbour in its own folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("train", "decoder"):
+    for name in ("train", "decoder", "compact"):
         sys.modules.pop(name, None)
     import train
 
     yield train
-    for name in ("train", "decoder"):
+    for name in ("train", "decoder", "compact"):
         sys.modules.pop(name, None)
 
 
@@ -103,3 +103,23 @@ def test_the_order_of_windows_depends_on_seed_and_step_alone(scripts: Any) -> No
         inputs, targets = one.batch(step)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(other.batch(3)[0], inputs)  # without the steps before
+
+
+def test_small_files_give_the_models_back(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compact
+    from decoder import Decoder, Shape, export, load_export
+
+    monkeypatch.setattr(compact, "SHARD_BYTES", 6000)
+    models, small, back = (tmp_path / name for name in ("export", "small", "back"))
+    for name in ("relu", "swiglu"):
+        export(Decoder(Shape(**SHAPE), name, seed=1), models / name, None)
+    compact.main(["pack", "--models", str(models), "--out", str(small)])
+    assert max(p.stat().st_size for p in small.iterdir()) < 12_000 and len(list(small.glob("relu-*"))) > 1
+    compact.main(["unpack", "--models", str(small), "--out", str(back)])
+    for name in ("relu", "swiglu"):
+        check_tensors(open_checkpoint(back / name))
+        one, other = (dict(load_export(folder / name).named_parameters()) for folder in (models, back))
+        for key, weight in one.items():
+            step = weight.abs().max(dim=-1, keepdim=True).values / 127
+            assert ((weight - other[key]).abs() <= 0.51 * step + 1e-3 * weight.abs()).all(), key
+            assert (weight.dim() != 2) == torch.equal(weight, other[key])

@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -224,14 +225,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Tokens of all documents, each ended by token 0, uint16."""
+def encode(tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> tuple[np.ndarray, int]:
+    """Tokens of the documents, each ended by token 0, uint16, cut at `max_tokens`; and the UTF-8 bytes they stand for.
+
+    Whole batches of documents are read until there are enough tokens: the bytes are those of all tokens made.
+    """
     out: list[np.ndarray] = []
     pending = iter(texts)
-    while batch := list(islice(pending, 512)):
-        for one in tokenizer.encode_batch(batch, add_special_tokens=False):
+    num_tokens = num_bytes = 0
+    while num_tokens < max_tokens and (batch := list(islice(pending, 512))):
+        for text, one in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
             out.append(np.asarray([*one.ids, 0], np.uint16))
-    return np.concatenate(out) if out else np.empty(0, np.uint16)
+            num_tokens += out[-1].size
+            num_bytes += len(text.encode())
+    tokens = np.concatenate(out) if out else np.empty(0, np.uint16)
+    return tokens[:max_tokens], round(num_bytes * min(1.0, max_tokens / max(1, num_tokens)))
 
 
 def split(kept: list[tuple[bytes, str]]) -> dict[str, list[str]]:
@@ -252,12 +260,10 @@ def build(debs: list[Path], out: Path, options: argparse.Namespace) -> None:
     sample = uses["train"][:: max(1, round(sum(map(len, uses["train"])) / options.tokenizer_characters))]
     tokenizer = train_tokenizer(sample, options.vocab_size)
     tokenizer.save(str(out / "tokenizer.json"))
-    sizes = {}
+    sizes: dict[str, dict[str, Any]] = {}
     for use, texts in uses.items():
-        tokens = encode(tokenizer, texts)
-        sizes[use] = {"bytes_per_token": sum(len(t.encode()) for t in texts) / len(tokens), "tokens_found": len(tokens)}
-        tokens = tokens[: options.max_tokens]
-        sizes[use]["tokens"] = len(tokens)
+        tokens, num_bytes = encode(tokenizer, texts, options.max_tokens)
+        sizes[use] = {"tokens": len(tokens), "bytes_per_token": num_bytes / max(1, len(tokens))}
         if use == "train":
             (out / "train.u16.xz").write_bytes(lzma.compress(tokens.tobytes(), preset=options.preset))
         else:
@@ -274,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--packages", nargs="*", default=PACKAGES)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--max-tokens", type=int, default=60_000_000)
+    parser.add_argument("--max-tokens", type=int, default=48_000_000)
     parser.add_argument("--tokenizer-characters", type=int, default=20_000_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--preset", type=int, default=4, help="of xz")

@@ -3,8 +3,8 @@
     python benchmarks/relu2_wins/report.py --work /tmp/relu2_wins --results benchmarks/results/relu2_wins
 
 Reads WORK/measured/NAME.json and WORK/NAME.json (the training), NAME being relu, reglu, swiglu, relu2; writes
-results.json, table.md and three plots into RESULTS. Figures at equal loss are
-interpolated between the CETT targets measured, on the logarithm of CETT.
+results.json, table.md and three plots into RESULTS. Figures at equal loss are interpolated between the CETT targets
+measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from runtime.sparsity import cett_at_increase
 
 NAMES = {"relu": "ReLU", "reglu": "ReGLU", "swiglu": "SwiGLU", "relu2": "ReLU²"}
 COLOURS = {"relu": "tab:blue", "reglu": "tab:green", "swiglu": "tab:orange", "relu2": "tab:red"}
@@ -39,14 +41,16 @@ _COLUMNS = (
 
 
 def at_perplexity(model: dict[str, Any], wanted: float) -> dict[str, float]:
-    """A row between the measured ones at which perplexity is `wanted`, and its CETT. Outside of them: the nearest."""
+    """A row between the measured ones at which perplexity is `wanted`, and its CETT, found as the runtime finds the
+    CETT at +1 % (`measured`: whether the wanted one lies between them); the other figures on the logarithm of CETT."""
     rows = model["rows"]
-    values = [row["perplexity"] for row in rows]
-    keys = [k for k, v in rows[0].items() if isinstance(v, float) and k != "cett"]
-    place = np.interp(wanted, np.maximum.accumulate(values), np.log([row["cett"] for row in rows]))
-    logs = np.log([row["cett"] for row in rows])
-    found = {key: float(np.interp(place, logs, [row[key] for row in rows])) for key in keys}
-    return {"cett": math.exp(place), "measured": values[0] <= wanted <= values[-1], **found}
+    cetts, increases = [row["cett"] for row in rows], [row["increase_percent"] for row in rows]
+    percent = 100 * (wanted / model["dense_perplexity"] - 1)
+    cett = min(max(cett_at_increase(cetts, increases, percent), cetts[0]), cetts[-1])
+    keys = [k for k, v in rows[0].items() if isinstance(v, float) and k not in ("cett", "perplexity")]
+    found = {k: float(np.interp(math.log(cett), np.log(cetts), [row[k] for row in rows])) for k in keys}
+    found |= {"perplexity": wanted, "increase_percent": percent}
+    return {"cett": cett, "measured": increases[0] <= percent <= increases[-1], **found}
 
 
 def with_equal_loss(models: dict[str, dict[str, Any]]) -> float:
@@ -81,16 +85,19 @@ def _row(model: dict[str, Any], cett: float) -> dict[str, Any]:
     return next(row for row in model["rows"] if row["cett"] == cett)
 
 
-def dense_table(models: dict[str, dict[str, Any]]) -> str:
+def dense_table(models: dict[str, dict[str, Any]], runs: dict[str, Any], other: dict[str, Any]) -> str:
+    """Markdown: the models as they are; held-out losses of other seeds beside them."""
     lines = [
-        "| activation | neurons a layer | non-embedding parameters | dense perplexity | exactly zero | CETT at +1 % |"
-        " hottest neuron's share of energy, worst layer |",
+        "| activation | neurons a layer | non-embedding parameters | held-out loss (of another seed) | exactly zero |"
+        " CETT at +1 % | hottest neuron's share of energy, worst layer |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, m in models.items():
-        error = f"{m['dense_perplexity']:.2f} ± {m['dense_standard_error']:.2f}"
+        loss = f"{runs[name]['heldout_nll']:.4f}"
+        if name in other:
+            loss += f" ({other[name]['heldout_nll']:.4f})"
         lines.append(
-            f"| {NAMES[name]} | {m['neurons_a_layer']} | {m['non_embedding_parameters'] / 1e6:.2f} M | {error} | "
+            f"| {NAMES[name]} | {m['neurons_a_layer']} | {m['non_embedding_parameters'] / 1e6:.2f} M | {loss} | "
             f"{1 - m['nonzero']:.1%} | {m['cett_at_1_percent']:.3f} | {max(m['largest_neuron_energy']):.1%} |"
         )
     return "\n".join(lines) + "\n"
@@ -160,7 +167,7 @@ def _finish(figure: Any, axes: Any, path: Path, title: str) -> None:
 def training(work: Path) -> dict[str, Any]:
     """The training of each model, its log thinned to some thirty points."""
     found = {}
-    for name in NAMES:
+    for name in (n for n in NAMES if (work / f"{n}.json").is_file()):
         run = json.loads((work / f"{name}.json").read_text())
         log = run.pop("log")
         run["log"] = [*log[:: max(1, len(log) // 30)], log[-1]]
@@ -172,7 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="of train.py and measure.py")
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--trained-on", default="one NVIDIA H200", help="the machine, in words")
+    parser.add_argument("--other-seed", type=Path, help="of another run of train.py, for its held-out losses")
+    parser.add_argument("--trained-on", default="one NVIDIA H100", help="the machine, in words")
+    parser.add_argument("--measured-on", default=f"{platform.machine()}, fp32, CPU", help="likewise")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     paths = {name: options.work / "measured" / f"{name}.json" for name in NAMES}
@@ -180,7 +189,9 @@ def main() -> None:
     if missing := NAMES.keys() - models.keys():
         print(f"not measured yet: {', '.join(sorted(missing))}")
     common = with_equal_loss(models)
-    text = dense_table(models) + "\n" + table(models, common)
+    runs = training(options.work)
+    other = training(options.other_seed) if options.other_seed else {}
+    text = dense_table(models, runs, other) + "\n" + table(models, common)
     (options.results / "table.md").write_text(text)
     plots(models, common, options.results)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -188,9 +199,10 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "trained_on": options.trained_on,
-        "measured_on": f"{platform.machine()}, fp32, CPU",
+        "measured_on": options.measured_on,
         "equal_loss_perplexity": common,
-        "training": training(options.work),
+        "training": runs,
+        "other_seed": {name: {k: v for k, v in run.items() if k != "log"} for name, run in other.items()},
         "models": models,
     }
     (options.results / "results.json").write_text(json.dumps(record, indent=1) + "\n")
