@@ -114,10 +114,12 @@ def _resident_size(checkpoint: Checkpoint, name: str) -> int:
     return math.prod(checkpoint.shape(name)) * item_bytes
 
 
-def calibration_tokens(tokenizer: Tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
-    """Windows evenly spread over a text, int64 [NUM_WINDOWS, WINDOW]; fewer when the text is short."""
+def calibration_tokens(
+    tokenizer: Tokenizer, text: Path, vocab_size: int, num_windows: int = NUM_WINDOWS
+) -> torch.Tensor:
+    """Windows evenly spread over a text, int64 [num_windows, WINDOW]; fewer when the text is short."""
     ids = read_ids(tokenizer, text, vocab_size)
-    num = min(NUM_WINDOWS, ids.numel() // WINDOW)
+    num = min(num_windows, ids.numel() // WINDOW)
     return torch.stack([ids[s : s + WINDOW] for s in np.linspace(0, ids.numel() - WINDOW, num).astype(int)])
 
 

@@ -15,16 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from runtime.activation import activation
 from runtime.calibrate import LayerTail
-from runtime.ffn import DenseFFN
-from runtime.kernels import Kernels
-from runtime.kernels.sketch import dequantise_rows, make_sketch
 from runtime.layers import FFNWeights
 
 BUDGETS = (1.0, 1.2, 1.5, 2.0)
 SOURCES = ("input", "residual", "ahead")
-_FEW_ROWS = 16  # up to here the kernel of decode, above it a GEMM of the same numbers
 _TIMED = 7
 
 Score = Callable[[torch.Tensor], torch.Tensor]  # inputs fp32 [N, D] -> predicted magnitudes fp32 [N, F]
@@ -38,106 +33,60 @@ class LayerSample:
     act: str
     weights: FFNWeights
     inputs: dict[str, torch.Tensor]  # by source, fp32 [N, D]
-    h: torch.Tensor  # fp32 [N, F], what each neuron multiplies its down vector with
+    active: tuple[torch.Tensor, ...]  # the true sets at each CETT that is looked at, bool [N, F]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One layer's predictor. num_bytes: all that must be in memory for it. Only the order of scores counts here."""
+    """One layer's predictor. num_bytes: all that must be in memory for it. Only the order of scores counts here.
 
-    name: str
+    decode: how one row is scored at run time, where that is another way than `score`.
+    """
+
     num_bytes: int
     score: Score
+    decode: Score | None = None
 
 
 class Family(Protocol):
-    """One kind of predictor for all layers. `source`: which input it reads (the FFN's own `input`; the `residual`
-    before the layer's attention; the residual one layer `ahead`, at the FFN before; the latter two through this layer's
-    norm). `carried`: whether perplexity is measured with it (own input only)."""
+    """One kind of predictor for all layers.
+
+    sources: the inputs that it is asked with (the FFN's own `input`; the `residual` before the layer's attention; the
+    residual one layer `ahead`, at the FFN before; the latter two through this layer's norm). carried: whether
+    perplexity is measured with it, on its own input. fitted_to: which of "source" and "cett" it has to be made anew
+    for. fit: one layer's; cett is a place in `sample.active`.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def source(self) -> str: ...
+    def sources(self) -> tuple[str, ...]: ...
 
     @property
     def carried(self) -> bool: ...
 
-    def fit(self, sample: LayerSample) -> Candidate: ...
+    @property
+    def fitted_to(self) -> frozenset[str]: ...
+
+    def fit(self, sample: LayerSample, source: str, cett: int) -> Candidate: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Exact:
-    """The true weights: an oracle on its own input, the limit of lookahead on another."""
+class Fitted:
+    """One layer's predictors of one family, each made once."""
 
-    name: str
-    source: str
-    carried: bool = False
+    def __init__(self, family: Family, sample: LayerSample) -> None:
+        self._family, self._sample = family, sample
+        self._made: dict[tuple[str | None, int | None], Candidate] = {}
 
-    def fit(self, sample: LayerSample) -> Candidate:
-        w, norm = sample.weights, sample.weights.down.norm(dim=1)
-        dense = DenseFFN(sample.act, w.gate, w.up, w.down)
-        num = sum(4 * v.numel() for v in (w.gate, w.up) if v is not None)
-        return Candidate(self.name, num, lambda x: dense.neurons(x).abs() * norm)
-
-
-@dataclass(frozen=True, slots=True)
-class GateFirst:
-    """The gate (up, where there is none) as it is; up is taken to be as large as it is on average."""
-
-    name: str = "gate"
-    source: str = "input"
-    carried: bool = False
-
-    def fit(self, sample: LayerSample) -> Candidate:
-        w, act = sample.weights, activation(sample.act)
-        gate = w.up if w.gate is None else w.gate
-        size = w.down.norm(dim=1)
-        if w.gate is not None:
-            size = size * (sample.inputs["input"] @ w.up.T).abs().mean(dim=0)
-        return Candidate(self.name, 2 * gate.numel(), lambda x: act(x @ gate.T).abs() * size)
-
-
-@dataclass(frozen=True, slots=True)
-class Sketch4:
-    """The runtime's 4-bit sketch of gate and up."""
-
-    kernels: Kernels
-    name: str = "sketch4"
-    source: str = "input"
-    carried: bool = True
-
-    def fit(self, sample: LayerSample) -> Candidate:
-        w = sample.weights
-        sketch = make_sketch(None if w.gate is None else w.gate.numpy(), w.up.numpy(), w.down.numpy())
-        gate = (
-            None
-            if sketch.gate_codes is None or sketch.gate_scale is None
-            else torch.from_numpy(dequantise_rows(sketch.gate_codes, sketch.gate_scale, sketch.hidden_size))
+    def of(self, source: str, cett: int) -> Candidate:
+        key = (
+            source if "source" in self._family.fitted_to else None,
+            cett if "cett" in self._family.fitted_to else None,
         )
-        up = torch.from_numpy(dequantise_rows(sketch.up_codes, sketch.up_scale, sketch.hidden_size))
-        many = DenseFFN(sample.act, gate, up, w.down)
-        norm = torch.from_numpy(sketch.down_norm)
-
-        def score(x: torch.Tensor) -> torch.Tensor:
-            if x.shape[0] > _FEW_ROWS:
-                return many.neurons(x).abs() * norm
-            out = torch.empty(x.shape[0], norm.numel())
-            self.kernels.sketch_scores(x.contiguous().numpy(), sketch, sample.act, out.numpy())
-            return out
-
-        return Candidate(self.name, sketch.num_bytes, score)
-
-
-def default_families(kernels: Kernels) -> list[Family]:
-    """What is always measured: the shipped sketch, the gate alone, and exact weights on earlier inputs."""
-    return [
-        Sketch4(kernels),
-        GateFirst(),
-        Exact("exact from the residual", "residual"),
-        Exact("exact one layer ahead", "ahead"),
-    ]
+        if key not in self._made:
+            self._made[key] = self._family.fit(self._sample, source, cett)
+        return self._made[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +108,18 @@ def predictivity(tail: LayerTail, active: torch.Tensor, scores: torch.Tensor, bu
 
 
 def top_scores(scores: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Tensor:
-    """bool [N, F]: each row's ceil(budget * size) highest scores; size int64 [N]."""
-    return _taken(scores.argsort(dim=1, descending=True, stable=True), size, budget)
+    """bool [N, F]: each row's ceil(budget * size) highest scores; size int64 [N]. Of equals, any."""
+    most = min(scores.shape[1], int(_num_taken(size, budget).max()))
+    first = torch.arange(most)[None, :] < _num_taken(size, budget)[:, None]
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, scores.topk(most, dim=1).indices, first)
+
+
+def _num_taken(size: torch.Tensor, budget: float) -> torch.Tensor:
+    return (size * budget - 1e-9).ceil().long()
 
 
 def _taken(order: torch.Tensor, size: torch.Tensor, budget: float) -> torch.Tensor:
-    num = (size * budget - 1e-9).ceil().long()
-    first = torch.arange(order.shape[1])[None, :] < num[:, None]
+    first = torch.arange(order.shape[1])[None, :] < _num_taken(size, budget)[:, None]
     return torch.zeros_like(first).scatter_(1, order, first)
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cache.errors import ColdstreamError
 from runtime import affinity, coactivation, replay
 from runtime.calibrate import LayerTail, thresholds
 from runtime.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from runtime.families import all_families, quick_families
 from runtime.kernels import Kernels, select
 from runtime.load import default_calibration, default_heldout
 from runtime.model import rms_norm
@@ -38,10 +39,10 @@ from runtime.predictivity import (
     SOURCES,
     Candidate,
     Family,
+    Fitted,
     Hit,
     LayerSample,
     decode_microseconds,
-    default_families,
     mean_hits,
     predictivity,
     top_scores,
@@ -77,8 +78,9 @@ class Scope:
     """How much text each part gets, in tokens, and which predictor budgets are carried for perplexity."""
 
     tokens: int
-    calibration_windows: int | None
-    detail_tokens: int  # predictivity and active sets
+    calibration_windows: int
+    detail_tokens: int  # active sets
+    judged_tokens: int  # recall and the like of predictors
     carried_tokens: int
     carried_budgets: tuple[float, ...]
     replay_tokens: int
@@ -86,8 +88,8 @@ class Scope:
     read_tokens: int
 
 
-FULL = Scope(16_384, None, 4096, 4096, BUDGETS, 2048, 1024, 512)
-QUICK = Scope(4096, 2, 2048, 1024, (1.0, 1.5), 512, 192, 64)
+FULL = Scope(16_384, 8, 4096, 1024, 1024, BUDGETS, 2048, 1024, 512)
+QUICK = Scope(4096, 4, 2048, 512, 1024, (1.0, 1.5), 512, 192, 64)
 
 
 def profile(
@@ -97,12 +99,12 @@ def profile(
     tokens: int | None,
     quick: bool,
     progress: Progress,
-    families: Callable[[Kernels], Sequence[Family]] = default_families,
+    families: Callable[[Kernels], Sequence[Family]] | None = None,
 ) -> dict[str, Any]:
     """Measures a model, writes profile.json and statistics.safetensors into `out`, returns what is in the former.
 
     text: held-out, the one that comes along unless given; tokens of it that perplexity is measured on. families: the
-    predictors. Raises ColdstreamError.
+    predictors, None for those of the scope. Raises ColdstreamError.
     """
     begin = time.monotonic()
     scope = QUICK if quick else FULL
@@ -110,9 +112,12 @@ def profile(
     checkpoint = open_checkpoint(_source(model))
     check_tensors(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    calibration = calibration_tokens(tokenizer, default_calibration(), checkpoint.config.vocab_size)
+    calibration = calibration_tokens(
+        tokenizer, default_calibration(), checkpoint.config.vocab_size, scope.calibration_windows
+    )
     heldout = _windows(tokenizer, path, tokens or scope.tokens, checkpoint.config.max_position_embeddings)
-    run = _Run(checkpoint, scope, calibration[: scope.calibration_windows], heldout, families(select()), progress)
+    made = (families or (quick_families if quick else all_families))(select())
+    run = _Run(checkpoint, scope, calibration, heldout, made, progress)
     figures = {
         "model": Path(model).name,
         "config": _shown_config(checkpoint),
@@ -190,7 +195,7 @@ class _Run:
         )
         self._epsilon: list[np.ndarray] = []  # [C] a layer
         self._active: list[np.ndarray] = []  # [C] a layer, share on the calibration text
-        self._predictors = [_PredictorFigures(f) for f in families]
+        self._predictors = [_PredictorFigures(f, source) for f in families for source in f.sources]
         self._details = [_Detail(c, scope, self._layout) for c in DETAIL_CETTS]
 
     @property
@@ -201,7 +206,8 @@ class _Run:
         """All figures; also fills what `statistics` returns."""
         with torch.inference_mode():
             tracks = self._through_layers()
-            scored = self._score({name: t.hidden for name, t in tracks.items()}, "scoring")
+            carried = set(self._carried())
+            scored = self._score({name: t.hidden for name, t in tracks.items()}, "scoring", carried)
             sparsity = self._sparsity(scored, tracks)
             dense = tracks["dense"].hidden
             del tracks
@@ -235,12 +241,12 @@ class _Run:
         for whole in layers(self._checkpoint, longest):
             self._progress("profiling", whole.index / self._checkpoint.config.num_hidden_layers)
             layer = whole.at_length(self._calibration.shape[1])
-            epsilon, candidates = self._calibrate(layer, calibration.dense_step(layer))
+            epsilon, fitted = self._calibrate(layer, calibration.dense_step(layer))
             layer = whole.at_length(self._heldout.shape[1])
-            self._look(layer, looked_at.dense_step(layer), epsilon, candidates)
-            for name, rule in self._rules(epsilon, candidates).items():
+            self._look(layer, looked_at.dense_step(layer), epsilon, fitted)
+            for name, rule in self._rules(epsilon, fitted).items():
                 tracks[name].step(layer, rule)
-            del whole, layer, candidates, rule  # a layer's weights go before the next are read
+            del whole, layer, fitted, rule  # a layer's weights go before the next are read
         self._progress("profiling", 1.0)
         return tracks
 
@@ -253,41 +259,49 @@ class _Run:
             for budget in self._scope.carried_budgets
         ]
 
-    def _calibrate(self, layer: Layer, seen: Seen) -> tuple[np.ndarray, list[Candidate]]:
+    def _calibrate(self, layer: Layer, seen: Seen) -> tuple[np.ndarray, dict[str, Fitted]]:
         tail = LayerTail(seen.h, layer.ffn.down)
         epsilon = thresholds(tail, tail.magnitude, CETT_TARGETS)
         self._epsilon.append(epsilon)
         self._active.append(np.asarray([float((tail.magnitude >= e).float().mean()) for e in epsilon], np.float32))
-        for detail in self._details:
-            detail.calibrate((tail.magnitude >= float(epsilon[detail.index])).numpy())
-        sample = LayerSample(layer.index, layer.config.hidden_act, layer.ffn, seen.inputs, seen.h)
-        return epsilon, [f.fit(sample) for f in self._families]
+        active = tuple(tail.magnitude >= float(epsilon[d.index]) for d in self._details)
+        for detail, sets in zip(self._details, active, strict=True):
+            detail.calibrate(sets.numpy())
+        sample = LayerSample(layer.index, layer.config.hidden_act, layer.ffn, seen.inputs, active)
+        return epsilon, {f.name: Fitted(f, sample) for f in self._families}
 
-    def _look(self, layer: Layer, seen: Seen, epsilon: np.ndarray, candidates: Sequence[Candidate]) -> None:
+    def _look(self, layer: Layer, seen: Seen, epsilon: np.ndarray, fitted: dict[str, Fitted]) -> None:
         """Active sets and predictors on the held-out text, along the dense model."""
         tail = LayerTail(seen.h, layer.ffn.down)
         sets = [tail.magnitude >= float(epsilon[d.index]) for d in self._details]
         for detail, active in zip(self._details, sets, strict=True):
             detail.look(active.view(-1, self._heldout.shape[1], active.shape[1]).numpy())
-        for figures, candidate in zip(self._predictors, candidates, strict=True):
-            x = seen.inputs[figures.family.source]
-            scores = candidate.score(x)
-            figures.add(candidate, [predictivity(tail, a, scores, BUDGETS) for a in sets], x[:1])
+        rows = slice(self._scope.judged_tokens)
+        few = LayerTail(seen.h[rows], layer.ffn.down)
+        for figures in self._predictors:
+            x = seen.inputs[figures.source][rows]
+            for i, active in enumerate(sets):
+                candidate = fitted[figures.family.name].of(figures.source, i)
+                figures.add(i, candidate, predictivity(few, active[rows], candidate.score(x), BUDGETS), x[:1])
 
-    def _rules(self, epsilon: np.ndarray, candidates: Sequence[Candidate]) -> dict[str, Rule | None]:
+    def _rules(self, epsilon: np.ndarray, fitted: dict[str, Fitted]) -> dict[str, Rule | None]:
         rules: dict[str, Rule | None] = {"dense": None}
         rules |= {f"cett {c:g}": _at_least(float(e)) for c, e in zip(CETT_TARGETS, epsilon, strict=True)}
-        for family, candidate in zip(self._families, candidates, strict=True):
+        for family in self._families:
             if not family.carried:
                 continue
-            for detail in self._details:
+            for i, detail in enumerate(self._details):
+                candidate = fitted[family.name].of("input", i)
                 for budget in self._scope.carried_budgets:
                     rule = _budgeted(candidate, float(epsilon[detail.index]), budget)
                     rules[_carried_name(family.name, detail.cett, budget)] = rule
         return rules
 
-    def _score(self, hidden: dict[str, torch.Tensor], stage: str) -> dict[str, Likelihood]:
-        """Likelihoods of every track; each has the first windows of the text, `dense` all of them."""
+    def _score(
+        self, hidden: dict[str, torch.Tensor], stage: str, briefly: Collection[str] = ()
+    ) -> dict[str, Likelihood]:
+        """Likelihoods of every track; each has the first windows of the text, `dense` all of them. Those named in
+        `briefly` are not compared with dense's distribution."""
         config = self._checkpoint.config
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         head = self._checkpoint.load(name).float().T  # [D, V]
@@ -305,7 +319,7 @@ class _Run:
                         continue
                     logits = rms_norm(states[window, rows], norm, config.rms_norm_eps) @ head
                     dense = torch.log_softmax(logits, dim=1) if dense is None else dense
-                    parts[key].append(likelihood(logits, dense, targets))
+                    parts[key].append(likelihood(logits, None if key in briefly else dense, targets))
         self._progress(stage, 1.0)
         return {k: Likelihood.join(p) for k, p in parts.items()}
 
@@ -360,7 +374,8 @@ class _Run:
                 budgets = mean_hits(figures.hits[i])
                 for row in budgets:
                     found = scored.get(_carried_name(figures.family.name, cett, row["budget"]))
-                    row |= {} if found is None else self._beside_oracle(found, scored, cett)
+                    if found is not None and figures.source == "input":
+                        row |= self._beside_oracle(found, scored, cett)
                 rows.append({"cett": cett, **figures.to_json(i, self._layout, self._checkpoint), "budgets": budgets})
         return rows
 
@@ -378,8 +393,8 @@ class _Run:
 
 def _check_families(families: Sequence[Family]) -> None:
     for f in families:
-        if f.source not in SOURCES or (f.carried and f.source != "input"):
-            raise ValueError(f"predictor {f.name}: a source is one of {SOURCES}, and only `input` can be carried")
+        if not f.sources or not set(f.sources) <= set(SOURCES) or (f.carried and "input" not in f.sources):
+            raise ValueError(f"predictor {f.name}: sources are of {SOURCES}, and what is carried has `input`")
     if len({f.name for f in families}) < len(families):
         raise ValueError("two predictors have the same name")
 
@@ -403,27 +418,27 @@ def _budgeted(candidate: Candidate, epsilon: float, budget: float) -> Rule:
 
 
 class _PredictorFigures:
-    """One predictor through all layers, at each detailed CETT."""
+    """One predictor from one input through all layers, at each detailed CETT."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, source: str) -> None:
+        self.family, self.source = family, source
         self.hits: list[list[list[Hit]]] = [[] for _ in DETAIL_CETTS]  # [cett][layer][budget]
         self._num_bytes = 0
         self._microseconds: list[float] = []
 
-    def add(self, candidate: Candidate, hits: Sequence[list[Hit]], x: torch.Tensor) -> None:
-        """A layer's: hits for each CETT, and a row x [1, D] to take the time with."""
-        for found, layer in zip(self.hits, hits, strict=True):
-            found.append(layer)
-        self._num_bytes += candidate.num_bytes
-        self._microseconds.append(decode_microseconds(candidate.score, x))
+    def add(self, cett: int, candidate: Candidate, hits: list[Hit], x: torch.Tensor) -> None:
+        """A layer's hits at one CETT, and a row x [1, D] to take the time with."""
+        self.hits[cett].append(hits)
+        if cett == 0:  # of equal size and speed at all
+            self._num_bytes += candidate.num_bytes
+            self._microseconds.append(decode_microseconds(candidate.decode or candidate.score, x))
 
     def to_json(self, cett: int, layout: BundleLayout, checkpoint: Checkpoint) -> dict[str, Any]:
         config = checkpoint.config
         weights = config.num_hidden_layers * config.intermediate_size * config.hidden_size * len(layout.vectors)
         return {
             "predictor": self.family.name,
-            "source": self.family.source,
+            "source": self.source,
             "num_bytes": self._num_bytes,
             "share_of_bf16_ffn": self._num_bytes / (2 * weights),
             "microseconds_a_layer": float(np.median(self._microseconds)),

@@ -17,6 +17,7 @@ from cache.errors import ColdstreamError
 HTML = "profile.html"
 Figures = dict[str, Any]  # what profile.json holds
 _STYLES = ("-", "--", ":", "-.")
+_COLOURS = ("k", *(f"C{i}" for i in range(10)), "gold")
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>coldstream profile</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}
@@ -87,18 +88,36 @@ def _draw_sparsity(figure: Any, profiles: Sequence[Figures]) -> None:
 
 
 def _draw_predictors(figure: Any, profiles: Sequence[Figures]) -> None:
-    axes = figure.subplots(1, 2)
+    """At the lowest CETT looked at: recall on the own input, perplexity against bytes, and what lookahead loses."""
+    recall, price, lookahead = figure.subplots(1, 3)
     for i, p in enumerate(profiles):
-        for j, row in enumerate([r for r in p["predictivity"] if r["cett"] == p["affinity"][0]["cett"]]):
-            budgets = [b["budget"] for b in row["budgets"]]
-            style = {"color": f"C{j}", "linestyle": _STYLES[i % len(_STYLES)]}
-            label = f"{_label(p)}: {row['predictor']}"
-            axes[0].plot(budgets, [100 * b["recall"] for b in row["budgets"]], label=label, **style)
-            axes[1].plot(budgets, [b["cett"] for b in row["budgets"]], **style)
-    axes[0].set(xlabel="budget, times the active set", ylabel="recall, %")
-    axes[1].set(xlabel="budget, times the active set", ylabel="resulting CETT")
+        rows = [r for r in p["predictivity"] if r["cett"] == p["affinity"][0]["cett"]]
+        names = list(dict.fromkeys(r["predictor"] for r in rows))
+        for row in rows:
+            style = {"color": _COLOURS[names.index(row["predictor"]) % len(_COLOURS)]}
+            style["linestyle"] = _STYLES[i % len(_STYLES)]
+            budgets, label = row["budgets"], row["predictor"] if i == 0 else None
+            if row["source"] == "input":
+                xs = [b["budget"] for b in budgets]
+                recall.plot(xs, [100 * b["recall"] for b in budgets], label=label, **style)
+                _draw_price(price, row, f"{_label(p)}", style["color"], "osv^"[i % 4])
+            else:
+                marker = "o" if row["source"] == "residual" else "s"
+                xs = [b["budget"] for b in budgets]
+                lookahead.plot(xs, [100 * b["recall"] for b in budgets], marker, ms=4, **style)
+    recall.set(xlabel="budget, times the active set", ylabel="recall, %")
+    price.set(xlabel="memory, % of the bf16 FFN", ylabel="perplexity over the oracle, %", xscale="log", yscale="symlog")
+    lookahead.set(xlabel="budget (circles: residual before attention,\nsquares: a layer ahead)", ylabel="recall, %")
     if any(p["predictivity"] for p in profiles):
-        axes[0].legend(fontsize=7)
+        recall.legend(fontsize=7)
+
+
+def _draw_price(axis: Any, row: dict[str, Any], label: str, colour: str, marker: str) -> None:
+    """A point a budget at which perplexity was measured, smaller ones for larger budgets."""
+    for b in row["budgets"]:
+        if "over_oracle_percent" in b:
+            x, y = 100 * row["share_of_bf16_ffn"], b["over_oracle_percent"]
+            axis.plot(x, y, marker, color=colour, ms=8 / b["budget"], label=label)
 
 
 def _draw_affinity(figure: Any, profiles: Sequence[Figures]) -> None:

@@ -20,7 +20,7 @@ _BLOCKS = 32  # groups of neighbouring tokens for a standard error: neighbours a
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """What a model says of each scored token, float64 and bool [N]."""
+    """What a model says of each scored token, float64 and bool [N]; kl and same_top are empty where nobody asked."""
 
     nll: np.ndarray  # negative log-likelihood of the token that came
     kl: np.ndarray  # KL(dense || this one) of the whole distribution
@@ -32,8 +32,11 @@ class Likelihood:
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nll", "kl", "same_top")))
 
 
-def likelihood(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> Likelihood:
-    """logits fp32 [N, V]; dense: dense's log-probabilities, fp32 [N, V]; targets int64 [N]."""
+def likelihood(logits: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> Likelihood:
+    """logits fp32 [N, V]; dense: dense's log-probabilities, fp32 [N, V], None: nll alone; targets int64 [N]."""
+    if dense is None:
+        alone = F.cross_entropy(logits, targets, reduction="none").double().numpy()
+        return Likelihood(alone, np.empty(0), np.empty(0, bool))
     log_p = F.log_softmax(logits, dim=1)
     nll = -log_p.gather(1, targets[:, None])[:, 0]
     kl = (dense.exp() * (dense - log_p)).sum(dim=1)
@@ -44,13 +47,14 @@ def likelihood(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor)
 def compare(dense: np.ndarray, found: Likelihood) -> dict[str, float]:
     """Perplexity beside dense's nll [N] of the same tokens, paired; the increase's standard error is over blocks."""
     base, value = math.exp(dense.mean()), math.exp(found.nll.mean())
-    return {
+    row = {
         "perplexity": value,
         "increase_percent": 100 * (value / base - 1),
         "increase_standard_error_percent": 100 * value / base * block_error(found.nll - dense),
-        "kl": float(found.kl.mean()),
-        "same_top1": float(found.same_top.mean()),
     }
+    if found.kl.size:
+        row |= {"kl": float(found.kl.mean()), "same_top1": float(found.same_top.mean())}
+    return row
 
 
 def block_error(values: np.ndarray) -> float:

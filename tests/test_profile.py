@@ -18,10 +18,12 @@ from safetensors.numpy import load_file
 
 from cache.errors import ColdstreamError
 from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.kernels import Kernels
+from runtime.families import Exact, Sketch4, all_families, quick_families
+from runtime.kernels import Kernels, select
+from runtime.layers import FFNWeights, load_ffn
 from runtime.load import default_calibration, prepare
-from runtime.pack import FFNWeights, calibration_tokens, load_ffn
-from runtime.predictivity import BUDGETS, Exact, Family, Sketch4
+from runtime.pack import calibration_tokens
+from runtime.predictivity import BUDGETS, SOURCES, Family
 from runtime.profile import DETAIL_CETTS, JSON, QUICK, STATISTICS, profile, rounded
 from runtime.sparsity import CETT_TARGETS
 from runtime.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ TOKENS = 256
 
 
 def families(kernels: Kernels) -> list[Family]:
-    return [Sketch4(kernels), Exact("exact", "input", carried=True), Exact("ahead", "ahead")]
+    return [Sketch4(kernels, sources=("input",)), Exact(carried=True)]
 
 
 def silent(stage: str, share: float) -> None:
@@ -119,7 +121,7 @@ def test_thresholds_meet_their_cett_by_the_definition(
     profiled: tuple[dict[str, Any], Path], tiny_relu2: TinyModel
 ) -> None:
     tokenizer = Tokenizer.from_checkpoint(open_checkpoint(str(tiny_relu2.checkpoint)))
-    ids = calibration_tokens(tokenizer, default_calibration(), TINY["vocab_size"])[: QUICK.calibration_windows]
+    ids = calibration_tokens(tokenizer, default_calibration(), TINY["vocab_size"], QUICK.calibration_windows)
     epsilon = load_file(profiled[1] / STATISTICS)["epsilon"]  # [L, C]
     _, seen = naive(tiny_relu2, ids, None)
     for i, (h, down) in enumerate(zip(seen, down_vectors(tiny_relu2), strict=True)):
@@ -157,16 +159,46 @@ def test_the_one_percent_point_was_run(profiled: tuple[dict[str, Any], Path]) ->
 
 
 def test_the_oracle_recalls_everything(profiled: tuple[dict[str, Any], Path]) -> None:
-    rows = {(r["predictor"], r["cett"]): r for r in profiled[0]["predictivity"]}
+    rows = {(r["predictor"], r["source"], r["cett"]): r for r in profiled[0]["predictivity"]}
     for cett in DETAIL_CETTS:
-        oracle, sketch, ahead = (rows[name, cett]["budgets"] for name in ("exact", "sketch4", "ahead"))
+        oracle, sketch = (rows[name, "input", cett]["budgets"] for name in ("exact", "sketch4"))
+        ahead = rows["exact", "ahead", cett]["budgets"]
         assert [b["budget"] for b in oracle] == list(BUDGETS)
         assert oracle[0]["recall"] == oracle[0]["precision"] == 1.0
         assert oracle[0]["over_oracle_percent"] == pytest.approx(0.0, abs=1e-6)
         assert oracle[0]["recall"] > sketch[0]["recall"] > ahead[0]["recall"]
         assert all(b["recall"] > a["recall"] for a, b in pairwise(sketch))
         assert sketch[2]["perplexity_oracle"] > 0 and "perplexity" not in sketch[1]  # quick: budgets 1 and 1.5
-        assert rows["sketch4", cett]["num_bytes"] > 0 and rows["sketch4", cett]["microseconds_a_layer"] > 0
+        assert not any("perplexity" in b for b in ahead)  # it is carried on its own input alone
+        shipped = rows["sketch4", "input", cett]
+        assert shipped["num_bytes"] > 0 and shipped["microseconds_a_layer"] > 0
+
+
+@pytest.mark.parametrize("name", ["tiny_relu2", "tiny_arcee"])
+def test_every_predictor_is_asked_from_its_inputs(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = request.getfixturevalue(name)
+    monkeypatch.setattr("runtime.families.TRAINED_TOKENS", 256)
+    found = profile(str(tiny.checkpoint), tmp_path, tiny.text, 64, True, silent, all_families)
+    rows = {(r["predictor"], r["source"]): r for r in found["predictivity"] if r["cett"] == DETAIL_CETTS[0]}
+    asked = {(f.name, s) for f in all_families(select()) for s in f.sources}
+    assert set(rows) == asked and {s for _, s in asked} == set(SOURCES)
+    recall = {key: row["budgets"][0]["recall"] for key, row in rows.items()}
+    assert recall["exact", "input"] == max(recall.values()) == 1.0
+    assert recall["sketch4", "input"] > recall["rows 2", "input"] > recall["rows 1", "input"]
+    assert recall["planes 2", "input"] > recall["planes 1", "input"]
+    assert recall["aware svd", "input"] >= recall["svd", "input"] - 0.02
+    for (predictor, source), row in rows.items():
+        assert row["num_bytes"] > 0, predictor
+        assert ("perplexity" in row["budgets"][0]) == (source == "input" and predictor != "exact")
+
+
+def test_quick_asks_fewer_of_the_same(tiny_relu2: TinyModel) -> None:
+    full, quick = ({f.name: f for f in made(select())} for made in (all_families, quick_families))
+    assert quick.keys() < full.keys()
+    assert all(set(f.sources) <= set(full[name].sources) for name, f in quick.items())
+    assert set(quick["planes 2"].sources) == set(quick["exact"].sources) == set(SOURCES)
 
 
 def test_affinity_is_complete_and_bounded(profiled: tuple[dict[str, Any], Path]) -> None:
@@ -221,9 +253,9 @@ def test_a_non_gated_model_and_a_packed_one_with_one_layer_in_memory(
         loaded.append(weakref.ref(weights.up))
         return weights
 
-    monkeypatch.setattr("runtime.streams.load_ffn", load)
     packed = prepare(str(tiny_arcee.checkpoint), tmp_path / "packed", None, None, "auto", False, silent)
-    exact = [Exact("exact", "input", True)]
+    monkeypatch.setattr("runtime.streams.load_ffn", load)
+    exact = [Exact()]
     found = profile(str(packed), tmp_path / "out", tiny_arcee.text, TOKENS, True, silent, lambda kernels: exact)
     assert found["config"]["gated"] is False
     assert len(loaded) == 2 * TINY["num_hidden_layers"]  # profiled, then checked
@@ -259,7 +291,7 @@ def test_the_command_shows_the_figures(
 
 
 @pytest.mark.parametrize(
-    "wrong", [[Exact("a", "input"), Exact("a", "ahead")], [Exact("a", "ahead", True)], [Exact("a", "behind")]]
+    "wrong", [[Exact(), Exact()], [Exact(sources=("ahead",), carried=True)], [Exact(sources=("behind",))]]
 )
 def test_predictors_that_cannot_be_measured_are_refused(
     wrong: list[Family], tiny_relu2: TinyModel, tmp_path: Path
