@@ -37,15 +37,16 @@ ALERTS = ROOT / "docker" / "alerts.yml"
 RATE_INTERVAL = "15s"  # what stands for Grafana's $__rate_interval, at a scrape a second
 PLOTTED = ("Hit rate", "Read between tiers", "Tokens")
 _STEP_S = 1
+_PAUSE_S = 15  # after the load: an idle engine is one that audits
 _COMPARISON = re.compile(r"\s(?:==|!=|>=|<=|>|<)\s")
 _UNITS = {"percentunit": ("%", 100.0), "binBps": ("MiB/s", 1 / (1 << 20)), "none": ("", 1.0)}
 
 # The recorded load: (start, as a share of the time; prompt; tokens). One reader, then more than run at once, a pause.
 LOAD = (
-    (0.00, "Tell me about the sea.", 24),
-    (0.20, "What is a tier of memory?", 24),
-    *((0.40 + 0.01 * i, f"Count to {10 * i + 10} in words.", 16) for i in range(8)),
-    (0.70, "Name three colours and a reason for each.", 24),
+    (0.00, "Tell me about the sea.", 20),
+    (0.20, "What is a tier of memory?", 20),
+    *((0.40 + 0.01 * i, f"Count to {10 * i + 10} in words.", 16) for i in range(5)),
+    (0.70, "Name three colours and a reason for each.", 20),
 )
 
 
@@ -172,7 +173,7 @@ def drive(url: str, seconds: float) -> dict[str, int]:
             outcome["failed"] += 1
     for thread in threads:
         thread.join()
-    time.sleep(max(0.0, started + seconds - time.monotonic()))
+    time.sleep(max(_PAUSE_S, started + seconds - time.monotonic()))
     return outcome
 
 
@@ -264,7 +265,7 @@ def plot(drawn: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> 
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="upper right")
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1].set_xlabel("seconds of the load")
     figure.savefig(path, dpi=100)
 
