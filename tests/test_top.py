@@ -164,3 +164,28 @@ def test_units() -> None:
     assert [binary(x) for x in (0, 1023, 1536, 3 << 30, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "5.0 TiB"]
     assert [seconds(x) for x in (None, 0.0123, 2.34)] == ["-", "12 ms", "2.3 s"]
     assert [percent(x) for x in (None, 0.5)] == ["-", "50.0 %"]
+
+
+def test_a_terminal_is_redrawn_and_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, height=40, force_terminal=True, highlight=False)
+    sleeps = 0
+
+    with live_server() as server:
+
+        def sleep(_: float) -> None:
+            nonlocal sleeps
+            sleeps += 1
+            if sleeps == 2:
+                monkeypatch.setattr(Scraper, "scrape", gone)
+            if sleeps == 3:
+                raise KeyboardInterrupt
+
+        def gone(_: Scraper) -> Scrape:
+            raise httpx.ConnectError("Connection refused")
+
+        monkeypatch.setattr("clients.top.time.sleep", sleep)
+        run_top(server.url, console=console)  # Ctrl-C ends it without a word
+        monkeypatch.undo()
+    text = out.getvalue()
+    assert "disk → cpu" in text and "Connection refused; trying again" in text
