@@ -58,19 +58,24 @@ def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console:
         )
     if not first:
         return
-    console.print(
-        f"written: {escape(str(settings.out))}{_what_loads_it(settings.act)}", highlight=False, soft_wrap=True
-    )
+    hint = _how_to_serve(settings.act, figures["result"])
+    console.print(f"written: {escape(str(settings.out))}; {hint}", highlight=False, soft_wrap=True)
     if settings.as_json:
         typer.echo(json.dumps(figures))
     else:
         Console().print(sparsify_table(figures))
 
 
-def _what_loads_it(act: str) -> str:
-    if act != "drelu":
-        return ""
-    return "; its model_type is llama_drelu, which no class of transformers computes, nor coldstream"
+def _how_to_serve(act: str, result: dict[str, Any]) -> str:
+    """What to do with it: the CETT at which the predictor takes the share that was trained for."""
+    from runtime.calibrate import CETT_GRID
+
+    if act == "drelu":
+        return "its model_type is llama_drelu, which no class of transformers computes, nor coldstream"
+    cett, most = result["cett_predicted"], CETT_GRID[-1]
+    if cett > most:
+        return f"its share of neurons is that of CETT {cett:.3f}, more than {most:g}: train longer, or for more neurons"
+    return f"serve it with --cett {cett:.3f} for its share of neurons"
 
 
 class _Reporter:
