@@ -36,11 +36,12 @@ def table(profiles: list[Profile]) -> str:
 def note(profiles: list[Profile]) -> str:
     first = profiles[0]
     tokens = " and ".join(str(p["sparsity"]["dense"]["tokens_scored"]) for p in profiles)
+    active_tokens = min(first["scope"]["detail_tokens"], first["scope"]["tokens"])
     quick = " --quick" if all(p["quick"] for p in profiles) else ""
     return (
         f"`coldstream profile MODEL --out DIR{quick}`; perplexity on {tokens} tokens of `{first['text']}` (sha256 "
         f"`{first['text_sha256'][:12]}`), thresholds from {first['scope']['calibration_tokens']} tokens of another "
-        f"text, active sets from {first['scope']['detail_tokens']}. Written by `python benchmarks/profile_table.py`."
+        f"text, active sets from {active_tokens}. Written by `python benchmarks/profile_table.py`."
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from benchmarks import profile_table
 from cache.errors import ColdstreamError
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.families import Exact, Sketch4, all_families, quick_families
@@ -240,6 +241,23 @@ def test_the_page_holds_a_curve_for_each_model(profiled: tuple[dict[str, Any], P
     page = (tmp_path / HTML).read_text(encoding="utf-8")
     assert page.count("<svg") == len(list(tmp_path.glob("*.svg"))) == 4
     assert "&lt;other&gt;" in page and "<other>" not in page
+
+
+def test_the_readme_gets_both_models_side_by_side(
+    profiled: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    figures, out = profiled
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{profile_table.BEGIN}\nstale\n{profile_table.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["profile_table.py", str(out), str(out), "--readme", str(readme)])
+    profile_table.main()
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert f"| {figures['sparsity']['dense']['perplexity']:.2f} |" in text and text.count("\n| ") == 14
+    assert capsys.readouterr().out in text + "\n"
+    readme.write_text("no markers", encoding="utf-8")
+    with pytest.raises(SystemExit, match="must be there once each"):
+        profile_table.main()
 
 
 def test_a_non_gated_model_and_a_packed_one_with_one_layer_in_memory(
