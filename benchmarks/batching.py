@@ -96,11 +96,13 @@ def open_variants(model: str, ffn_cache: FfnCache, max_num_seqs: int) -> list[Va
 
 def measure(variants: list[Variant], streams: list[int], tokens: int, rounds: int) -> dict[str, Any]:
     """Figures of each variant and number of streams, as one dict for JSON."""
+    text = default_heldout().read_text(encoding="utf-8")
+    ids = variants[0].loaded.tokenizer.encode(text, add_special=False)
     samples: dict[tuple[str, int], list[Sample]] = {(v.name, n): [] for v in variants for n in streams}
     for _ in range(rounds):
         for num in streams:
             for variant in variants:
-                samples[variant.name, num].append(run(variant, num, tokens))
+                samples[variant.name, num].append(run(variant, _windows(ids, num, PROMPT_TOKENS + tokens)))
     info = variants[0].loaded.info
     return {
         "rows": [_row(name, num, some, tokens) for (name, num), some in samples.items()],
@@ -117,25 +119,24 @@ def measure(variants: list[Variant], streams: list[int], tokens: int, rounds: in
     }
 
 
-def run(variant: Variant, num_streams: int, tokens: int) -> Sample:
-    """Prefills the streams, then times `tokens` steps of all of them together."""
+def run(variant: Variant, texts: list[list[int]]) -> Sample:
+    """Prefills the beginnings of the streams, then times the steps of all of them together."""
     loaded = variant.loaded
     loaded.cache.read_cost = variant.cost
-    texts = _windows(loaded, num_streams, PROMPT_TOKENS + tokens)
+    num_tokens = len(texts[0])
     kv, manager = loaded.new_kv()
-    tables = [manager.allocate(PROMPT_TOKENS + tokens) for _ in texts]
+    tables = [manager.allocate(num_tokens) for _ in texts]
     prompts = [_prompt(ids[:PROMPT_TOKENS], blocks) for ids, blocks in zip(texts, tables, strict=True)]
     loaded.model.forward_together(prompts, kv, lambda: None)
     before, switched, start = loaded.cache.snapshot(), loaded.model.counters().switched, time.perf_counter()
-    for position in range(PROMPT_TOKENS, PROMPT_TOKENS + tokens):
+    for position in range(PROMPT_TOKENS, num_tokens):
         _step(loaded, kv, texts, tables, position)
     seconds = time.perf_counter() - start
     return Sample(seconds, loaded.cache.snapshot() - before, loaded.model.counters().switched - switched)
 
 
-def _windows(loaded: Loaded, num: int, length: int) -> list[list[int]]:
-    """Windows of the held-out text, far from each other."""
-    ids = loaded.tokenizer.encode(default_heldout().read_text(encoding="utf-8"), add_special=False)
+def _windows(ids: list[int], num: int, length: int) -> list[list[int]]:
+    """Windows of a text, far from each other."""
     starts = np.linspace(0, len(ids) - length - 1, num).astype(int)
     return [ids[start : start + length] for start in starts]
 
