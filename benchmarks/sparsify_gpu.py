@@ -9,8 +9,8 @@ goes on. Here: split, assemble. There: train, fetch.
     python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
 `train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
 steps are chosen once, from a short timing, to fill --minutes of training. Figures: perplexity of held-out prose and of
-texts that the teacher wrote with another seed, for the student dense, with thresholds, and with the default predictor
-at the share of neurons asked for; the largest share of one neuron in a layer's contribution energy; the curve.
+texts that the teacher wrote with another seed, for the student dense, with thresholds, and with neurons chosen by 4-bit
+sketches at the share of neurons asked for; the largest share of one neuron in a layer's contribution energy; the curve.
 """
 
 from __future__ import annotations

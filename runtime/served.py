@@ -108,7 +108,10 @@ def serve_rule(found: Thresholds, scores: list[Scores] | None = None, counts: li
 
 
 def sketch_scores(decoder: Decoder) -> list[Scores]:
-    """The default predictor of `runtime.predictor` for every layer, on the decoder's device: 4-bit gate and up."""
+    """A predictor for every layer, on the decoder's device: gate and up at 4 bits (`runtime.kernels.sketch`).
+
+    The engine's own sketches are smaller and find less: its figures are those of `coldstream perplexity`.
+    """
     return [_scores(block.mlp, decoder.config.hidden_act) for block in decoder.blocks]
 
 

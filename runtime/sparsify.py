@@ -317,8 +317,10 @@ def figures_of(
 
 
 def result_of(student: Decoder, calibration: torch.Tensor, heldout: torch.Tensor, active: float) -> dict[str, Any]:
-    """The student dense, with thresholds on the true magnitudes, and with the default predictor: thresholds are found
-    on the calibration text so that the share `active` is computed, figures are of the held-out text."""
+    """The student dense, with thresholds on the true magnitudes, and with neurons chosen by 4-bit sketches.
+
+    Thresholds are found on the calibration text, for the share `active`; figures are of the held-out text.
+    """
     dense, error = perplexity(student, heldout)
     found = find_thresholds(student, calibration, active)
     counts: list[float] = []

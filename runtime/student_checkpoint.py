@@ -166,9 +166,9 @@ def _card_rows(result: dict[str, Any], teacher: dict[str, Any]) -> Iterator[tupl
     yield "perplexity, original", f"{teacher['perplexity']:.3f}"
     yield "perplexity, dense", f"{result['perplexity_dense']:.3f}"
     yield "perplexity, thresholds in place", f"{result['perplexity_served']:.3f}"
-    yield "perplexity, neurons chosen by the predictor", f"{result['perplexity_predicted']:.3f}"
+    yield "perplexity, neurons chosen by 4-bit sketches", f"{result['perplexity_predicted']:.3f}"
     yield "neurons active, thresholds in place", f"{100 * result['active_heldout']:.1f} %"
-    yield "neurons computed, chosen by the predictor", f"{100 * result['taken_heldout']:.1f} %"
+    yield "neurons computed, chosen by 4-bit sketches", f"{100 * result['taken_heldout']:.1f} %"
     yield "CETT of these thresholds", f"{result['cett']:.3f}"
     yield "largest share of one neuron in a layer's contribution energy", f"{max(result['top_shares']):.2f}"
 

@@ -67,15 +67,15 @@ def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console:
 
 
 def _how_to_serve(act: str, result: dict[str, Any]) -> str:
-    """What to do with it: the CETT at which the predictor takes the share that was trained for."""
+    """What to do with it: the CETT at which the share that was trained for is active."""
     from runtime.calibrate import CETT_GRID
 
     if act == "drelu":
         return "its model_type is llama_drelu, which no class of transformers computes, nor coldstream"
-    cett, most = result["cett_predicted"], CETT_GRID[-1]
+    cett, most = result["cett"], CETT_GRID[-1]
     if cett > most:
         return f"its share of neurons is that of CETT {cett:.3f}, more than {most:g}: train longer, or for more neurons"
-    return f"serve it with --cett {cett:.3f} for its share of neurons"
+    return f"at --cett {cett:.3f} its share of neurons is active"
 
 
 class _Reporter:
@@ -116,7 +116,7 @@ def sparsify_table(figures: dict[str, Any]) -> Table:
         ("original", teacher["perplexity"], 1.0),
         ("student, dense", result["perplexity_dense"], 1.0),
         ("student, thresholds", result["perplexity_served"], result["active_heldout"]),
-        ("student, predictor", result["perplexity_predicted"], result["taken_heldout"]),
+        ("student, 4-bit sketches", result["perplexity_predicted"], result["taken_heldout"]),
     ]
     for name, value, share in rows:
         over = 100 * (value / teacher["perplexity"] - 1)

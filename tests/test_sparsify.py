@@ -229,9 +229,9 @@ def test_the_command_tells_what_it_made(
     assert figures == json.loads((out / FIGURES).read_text())
     assert [Path(model).name for model, _ in asked] == [".student.partial"]
     assert "served" in said.getvalue() and f"written: {out}; " in said.getvalue()
-    assert f"CETT {figures['result']['cett_predicted']:.3f}, more than 0.2" in said.getvalue()  # a tiny, untrained one
+    assert f"CETT {figures['result']['cett']:.3f}, more than 0.2" in said.getvalue()  # a tiny, untrained one
     rows = [str(cell) for cell in sparsify_table(figures).columns[0].cells]
-    assert rows == ["original", "student, dense", "student, thresholds", "student, predictor"]
+    assert rows == ["original", "student, dense", "student, thresholds", "student, 4-bit sketches"]
 
 
 def test_the_command_needs_a_directory(tiny_llama: TinyModel) -> None:
