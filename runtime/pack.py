@@ -49,6 +49,7 @@ from runtime.tune import REFERENCE_CACHE, SKETCH_BITS, Samples, TunedLayer
 from runtime.windows import WINDOW, Windows, read_ids, split_windows
 
 NUM_WINDOWS = 4
+_WORTH = 0.95  # of the bytes that dense moves: a model that saves less is served densely
 
 Progress = Callable[[str, float], None]  # what is being done, share done 0..1
 
@@ -269,10 +270,10 @@ class _Found:
         right = int(np.searchsorted(self.targets, cett * (1 - 1e-9)))
         left = right if math.isclose(self.targets[right], cett) else right - 1  # whole at the left: whole between
         rows = [self._row(i, left) for i in range(len(self._thresholds))]
-        worth = chosen >= self.targets[0] and any(row["sparse_from"] is not None for row in rows)
-        sparse = worth and any(row["sparse"] for row in rows)
+        moved = float(np.mean([row["moved"] for row in rows]))
+        worth = chosen >= self.targets[0] and moved <= _WORTH * self._moved_dense
         return {
-            "mode": "sparse" if sparse else "dense",
+            "mode": "sparse" if worth else "dense",
             "cett": cett,
             "max_ppl_increase_percent": None if options.cett else options.max_ppl_increase,
             "measured": self.measured,
@@ -281,7 +282,7 @@ class _Found:
             "bytes_moved": {
                 "at_cache_share": REFERENCE_CACHE,
                 "dense": self._moved_dense,
-                "sparse": float(np.mean([row["moved"] for row in rows])),
+                "sparse": moved,
             },
         }
 

@@ -58,7 +58,7 @@ def _sentence(contract: dict[str, Any], ffn_bytes: int) -> str:
     sizes = [format_size(int(moved[name] * ffn_bytes)) for name in ("sparse", "dense")]
     where = f"with {100 * moved['at_cache_share']:.0f} % of the FFN in memory"
     if contract["mode"] == "dense":
-        return f"served densely: no layer is sparse enough to be read in pieces ({sizes[1]} a token {where})"
+        return f"served densely: sparse would read {sizes[0]} a token {where}, dense reads {sizes[1]}"
     limit = contract["max_ppl_increase_percent"]
     why = "as asked for" if limit is None else f"at most {limit:g} % above dense, its standard error counted"
     return f"served at CETT {contract['cett']:.3g} ({why}): {sizes[0]} a token {where}, dense {sizes[1]}"
