@@ -2,8 +2,8 @@
 
     python -m benchmarks.contract PACKED [--tokens 17408] [--decode 256] [--http-windows 2] [--out FILE]
 
-Everything under one `--memory`: what dense needs without a single FFN neuron, and 45 % of the FFN's bytes, of which a
-predictor has to be paid. Perplexity goes through the engine's model (predictor, cache, streaming) on a text that
+Everything with the same memory beside what is resident anyway: 45 % of the FFN's bytes, of which a predictor has to be
+paid; the slots get the rest. Perplexity goes through the engine's model (predictor, cache, streaming) on a text that
 `prepare` never sees, paired token by token; the same windows are scored again over HTTP with `echo` and `logprobs`.
 Bytes are those read while decoding. One JSON object, written and printed last. The share that is reported is read
 bytes; a ceiling beside it: the bytes of the missing neurons alone.
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,19 +42,17 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     packed = open_packed(options.packed)
-    memory = budget(packed)
     result = {
         "model": packed.source.path.rstrip("/").rpartition("/")[2],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
-        "memory_bytes": memory,
         "ffn_share": FFN_SHARE,
         "contract": packed.contract,
-        "quality": quality(packed, load_options(memory, options), options.tokens),
-        "decode": decode(packed, load_options(memory, options), options.decode),
+        "quality": quality(packed, load_options(packed, options, packed.mode), options.tokens),
+        "decode": decode(packed, options),
     }
     if options.http_windows:
-        result["http"] = over_http(packed, memory, options)
+        result["http"] = over_http(packed, options)
     text = json.dumps(result)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -73,15 +70,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def budget(packed: Packed) -> int:
-    """Bytes of `--memory`: the smallest plan of mode dense with no neuron resident, and FFN_SHARE of the FFN."""
-    none = PlanOptions(mode="dense", ffn_cache=FfnCache(percent=0), max_model_len=WINDOW, max_num_seqs=1)
-    plan = make_plan(packed.config, packed.bundles.layout, none, detect_memory(), process_bytes())
-    return plan.smallest_budget_bytes + int(FFN_SHARE * plan.ffn_bytes)
+def slots(packed: Packed, mode: str) -> FfnCache:
+    """FFN_SHARE of the FFN's bytes less the predictor's, which depends on how many neurons the slots let it pin."""
+    ffn = packed.bundles.layer_bytes * packed.bundles.num_layers
+    total, left = int(FFN_SHARE * ffn), int(FFN_SHARE * ffn)
+    for _ in range(3):
+        asked = PlanOptions(mode=mode, ffn_cache=FfnCache(num_bytes=left), max_model_len=WINDOW, max_num_seqs=1)
+        sketches = packed.sketch_sizes(packed.cett)
+        plan = make_plan(packed.config, packed.bundles.layout, asked, detect_memory(), process_bytes(), sketches)
+        left = total - plan.predictor_bytes
+    return FfnCache(num_bytes=left)
 
 
-def load_options(memory: int, options: argparse.Namespace) -> LoadOptions:
-    return LoadOptions(memory_bytes=memory, max_model_len=WINDOW, max_num_seqs=1, threads=options.threads)
+def load_options(packed: Packed, options: argparse.Namespace, mode: str) -> LoadOptions:
+    cache = slots(packed, mode)
+    return LoadOptions(mode=mode, ffn_cache=cache, max_model_len=WINDOW, max_num_seqs=1, threads=options.threads)
 
 
 def quiet(what: str, share: float) -> None:
@@ -94,11 +97,12 @@ def quality(packed: Packed, options: LoadOptions, tokens: int) -> dict[str, Any]
     return perplexity(str(packed.path), options, None, tokens, cetts, quiet)
 
 
-def decode(packed: Packed, options: LoadOptions, tokens: int) -> dict[str, Any]:
+def decode(packed: Packed, options: argparse.Namespace) -> dict[str, Any]:
     """What `auto` does beside dense at the same memory; the runs alternate, the second of each counts."""
     runs: dict[str, dict[str, Any]] = {}
-    for mode in ("dense", "auto", "dense", "auto"):
-        runs[mode] = bench(str(packed.path), replace(options, mode=mode), PROMPT_TOKENS, tokens, None, quiet)
+    for name, mode in (("dense", "dense"), ("auto", packed.mode)) * 2:
+        given = load_options(packed, options, mode)
+        runs[name] = bench(str(packed.path), given, PROMPT_TOKENS, options.decode, None, quiet)
     dense, auto = runs["dense"], runs["auto"]
     return {
         "auto": auto,
@@ -109,11 +113,13 @@ def decode(packed: Packed, options: LoadOptions, tokens: int) -> dict[str, Any]:
     }
 
 
-def over_http(packed: Packed, memory: int, options: argparse.Namespace) -> dict[str, Any]:
+def over_http(packed: Packed, options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of the first windows by echo and logprobs, and by the runtime itself."""
     tokens = options.http_windows * WINDOW
     ids = Tokenizer.from_dir(packed.path).encode(default_heldout().read_text(encoding="utf-8"), add_special=False)
-    arguments = [str(packed.path), "--memory", str(memory), "--max-model-len", str(WINDOW), "--max-num-seqs", "1"]
+    given = load_options(packed, options, packed.mode)
+    cache = str((given.ffn_cache or FfnCache(num_bytes=0)).num_bytes)
+    arguments = [str(packed.path), "--ffn-cache", cache, "--max-model-len", str(WINDOW), "--max-num-seqs", "1"]
     nll: list[float] = []
     with serving(arguments) as served, httpx.Client(base_url=served.url, timeout=600) as client:
         semantics = client.get("/v1/models").json()["data"][0]["coldstream"]
@@ -122,7 +128,7 @@ def over_http(packed: Packed, memory: int, options: argparse.Namespace) -> dict[
             answer = client.post("/v1/completions", json=body)
             answer.raise_for_status()
             nll += [-lp for lp in answer.json()["choices"][0]["logprobs"]["token_logprobs"][1:]]
-    itself = quality(packed, load_options(memory, options), tokens)["rows"][-1]
+    itself = quality(packed, given, tokens)["rows"][-1]
     return {
         "tokens_scored": len(nll),
         "perplexity": math.exp(float(np.mean(nll))),
