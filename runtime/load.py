@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,7 +180,7 @@ def open_forecast(model: str, plan: Plan, options: PlanOptions) -> Forecast | No
     kernels.set_num_threads(_num_threads(None))
     profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
     sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if plan.mode == "sparse" else None
-    frequency = profile["frequency"][0] if sparse is None else sparse.frequency
+    frequency = _needs(profile, sparse, plan.mode)
     machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
     return forecast(packed.bundles, _slots(plan, sparse), frequency, plan.multiplied_bytes, terms, machine, dense)
@@ -221,7 +221,7 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     if adapt is not None:
         predictor = adapt(predictor, kernels)
     lookahead = options.lookahead == "attention" and predictor is not None
-    frequency = profile["frequency"][0] if sparse is None else sparse.frequency
+    frequency = _needs(profile, sparse, mode)
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
     dtype = _torch_dtype(options.dtype, config)
     weights = _load_weights(packed, dtype, progress)
@@ -285,6 +285,15 @@ def _predictor(packed: Packed, sparse: Sparse | None, mode: str, kernels: Kernel
     if mode == "exact":
         return ResidentGatePredictor(read_gates(packed.bundles), kernels)
     return None if sparse is None else sparse.predictor
+
+
+def _needs(profile: Mapping[str, np.ndarray], sparse: Sparse | None, mode: str) -> np.ndarray:
+    """How often each neuron is needed [L, F]. Dense needs all alike, so that the first records of each layer stay and
+    the rest is one read; scattered slots would be read through."""
+    if sparse is not None:
+        return sparse.frequency
+    frequency: np.ndarray = profile["frequency"][0]
+    return np.ones_like(frequency) if mode == "dense" else frequency
 
 
 def _cache(

@@ -103,6 +103,19 @@ def decoded(model: Path, mode: str) -> tuple[torch.Tensor, float, int]:
     return torch.cat([row for row in rows if row is not None]), needed / len(prompt), counted
 
 
+def test_dense_keeps_the_first_records_so_that_the_rest_is_one_read(tmp_path: Path, tiny_relu2: Any) -> None:
+    checkpoint, _, text = tiny_relu2
+    model = packed(checkpoint, tmp_path / "packed", text)
+    loaded = load(str(model), LoadOptions(mode="dense", ffn_cache=FfnCache.parse("25%")), quiet)
+    try:
+        for layer in range(loaded.cache.file.num_layers):
+            resident = loaded.cache.resident(layer)
+            assert 0 < resident.size < loaded.cache.file.num_neurons
+            np.testing.assert_array_equal(resident, np.arange(resident.size))
+    finally:
+        loaded.close()
+
+
 @pytest.mark.parametrize("family", ["tiny_relu2", "tiny_reglu", "tiny_arcee"])
 def test_exact_equals_dense_and_moves_what_is_not_zero(
     family: str, tmp_path: Path, request: pytest.FixtureRequest, record_property: Any
