@@ -59,9 +59,9 @@ def _url(served: Served | None) -> str:
 
 
 def _counts(report: str) -> dict[str, int]:
-    """Cases made and cases that passed, as schemathesis says at its end."""
-    found = re.search(r"(\d+) generated, (\d+) passed", report)
-    return {"cases": int(found[1]), "cases_passed": int(found[2])} if found else {}
+    """Cases made and cases that failed, as schemathesis says at its end."""
+    found = re.search(r"(\d+) generated, (?:(\d+) found )?", report)
+    return {"cases": int(found[1]), "cases_failed": int(found[2] or 0)} if found else {}
 
 
 def _options() -> argparse.Namespace:

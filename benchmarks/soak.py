@@ -18,6 +18,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -32,7 +33,9 @@ import httpx
 from prometheus_client import parser
 
 from benchmarks.serving import Served, serving
+from runtime.packed import is_packed
 
+CACHE = "COLDSTREAM_CACHE_DIR"
 MAX_BODY, CONTEXT = 64 << 10, 512
 QUEUE, RUNNING = 4, 4
 FLAGS = ("--max-model-len", str(CONTEXT), "--max-num-seqs", str(RUNNING), "--max-queue", str(QUEUE))
@@ -510,10 +513,27 @@ def _home(served: Served) -> Path:
     raise RuntimeError("the server did not say where the neurons' file is")
 
 
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """A cache directory for the time of the block: what is damaged here is a copy that nobody else reads."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory(prefix="coldstream-soak-") as directory:
+        os.environ[CACHE] = directory
+        try:
+            yield
+        finally:
+            os.environ.pop(CACHE)
+            if before is not None:
+                os.environ[CACHE] = before
+
+
 def main() -> int:
     options = _options()
+    if options.model and is_packed(Path(options.model)):
+        print(f"--model {options.model}: name a checkpoint; a packed model would itself be damaged", file=sys.stderr)
+        return 2
     arguments = [*([options.model] if options.model else []), *FLAGS, *LIMITS]
-    with serving(arguments, "benchmarks.fault_server") as served:
+    with own_cache(), serving(arguments, "benchmarks.fault_server") as served:
         found = soak(served, 60 * options.minutes, options.clients, options.seed)
     print(json.dumps(found))
     return 1 if found["wrong"] else 0
@@ -522,7 +542,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own.add_argument("--minutes", type=float, default=20.0)
-    own.add_argument("--model", help="the default model, unless given; its packed copy is damaged and restored")
+    own.add_argument("--model", help="checkpoint; the default model, unless given")
     own.add_argument("--clients", type=int, default=6)
     own.add_argument("--seed", type=int, default=1)
     return own.parse_args()
