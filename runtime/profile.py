@@ -306,8 +306,9 @@ class _Run:
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         head = self._checkpoint.load(name).float().T  # [D, V]
         norm = self._checkpoint.load("model.norm.weight").float()
-        parts: dict[str, list[Likelihood]] = {k: [] for k in hidden}
         num, length = self._heldout.shape
+        # made beforehand: small arrays that live on between logits would keep the heap from giving those back
+        found = {k: Likelihood.empty(v.shape[0] * (length - 1), k in briefly) for k, v in hidden.items()}
         for window in range(num):
             self._progress(stage, window / num)
             for first in range(0, length - 1, _CHUNK):
@@ -319,9 +320,10 @@ class _Run:
                         continue
                     logits = rms_norm(states[window, rows], norm, config.rms_norm_eps) @ head
                     dense = torch.log_softmax(logits, dim=1) if dense is None else dense
-                    parts[key].append(likelihood(logits, None if key in briefly else dense, targets))
+                    at = window * (length - 1) + first
+                    found[key].put(at, likelihood(logits, None if key in briefly else dense, targets))
         self._progress(stage, 1.0)
-        return {k: Likelihood.join(p) for k, p in parts.items()}
+        return found
 
     def _sparsity(self, scored: dict[str, Likelihood], tracks: dict[str, Track]) -> dict[str, Any]:
         dense = scored["dense"].nll

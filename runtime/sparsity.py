@@ -27,9 +27,16 @@ class Likelihood:
     same_top: np.ndarray  # whether the likeliest token is dense's
 
     @classmethod
-    def join(cls, parts: Sequence[Likelihood]) -> Likelihood:
-        """One after the other."""
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nll", "kl", "same_top")))
+    def empty(cls, num: int, brief: bool) -> Likelihood:
+        """For `num` tokens, to be filled; brief: nll alone."""
+        other = 0 if brief else num
+        return cls(np.full(num, np.nan), np.full(other, np.nan), np.zeros(other, bool))
+
+    def put(self, at: int, part: Likelihood) -> None:
+        """Copies the figures of neighbouring tokens, the first of them being number `at`."""
+        for name in ("nll", "kl", "same_top"):
+            values = getattr(part, name)
+            getattr(self, name)[at : at + values.size] = values
 
 
 def likelihood(logits: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> Likelihood:
