@@ -6,6 +6,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,9 @@ class FakeEngine:
 
 def open_plan(model: str, options: PlanOptions) -> Plan:
     host = HostMemory(8 << 30, 6 << 30, None, "MemAvailable")
-    return make_plan(CONFIG, BundleLayout.make(64, True, BundleDtype.BF16), options, host, 200 << 20)
+    mode = "sparse" if options.mode == "auto" else options.mode
+    layout = BundleLayout.make(64, True, BundleDtype.BF16)
+    return make_plan(CONFIG, layout, replace(options, mode=mode), host, 200 << 20)
 
 
 def load(model: str, options: Any, progress: Callable[[str, float], None]) -> Any:

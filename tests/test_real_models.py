@@ -288,11 +288,11 @@ def test_sparse_chat_answers_sensibly(swiglu: RealModel) -> None:
     loaded = load(str(swiglu.packed), options, quiet)
     loaded.engine.start()
     try:
-        parts = render_chat(loaded.tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+        parts = render_chat(loaded.tokenizer, [{"role": "user", "content": "Why is the sky blue?"}])
         ids = tuple(loaded.tokenizer.encode_parts(parts))
         request = Request("chat", ids, SamplingParams(max_tokens=24, temperature=0.0))
         answer = [e.token_id for e in loaded.engine.generate(request) if e.token_id is not None]
-        assert "Paris" in loaded.tokenizer.decode(answer)
+        assert "scattering" in loaded.tokenizer.decode(answer)
     finally:
         loaded.engine.shutdown(0)
         loaded.close()
