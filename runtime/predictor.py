@@ -30,8 +30,8 @@ class PlanePredictor:
     """Scores from sketches of gate and up: taken iff pinned, or the predicted output magnitude reaches the threshold.
 
     sketches: one a layer, without the pinned rows; None: the layer is always computed whole. thresholds [L]: found by
-    calibration on predicted scores, so that the CETT of what is *not taken*, misses included, meets the target beside
-    this very pinned set: the first `num_pinned` neurons of every layer.
+    calibration on predicted scores, so that the CETT of what is *not taken*, misses included, meets the target with
+    nothing pinned. The first `num_pinned` neurons of every layer come on top, so that the error can only be less.
     """
 
     name = "planes"

@@ -38,8 +38,9 @@ def sparse_setup(
     """num_pinned: of every sparse layer, one of `pinned_sizes`. Raises ColdstreamError for a CETT that was not
     calibrated, FormatError."""
     targets = profile["targets"]
-    which = pinned_sizes(packed.config.intermediate_size).index(num_pinned)
-    tau = interpolate(targets, profile["tau"][:, :, which], cett)
+    if num_pinned not in pinned_sizes(packed.config.intermediate_size):
+        raise ValueError(f"{num_pinned} pinned neurons: not a size that is calibrated")
+    tau = interpolate(targets, profile["tau"][:, :, 0], cett)  # what the contract was measured with: see LOG.md
     sparse = np.asarray(packed.sparse_layers(cett)) & (tau > 0)
     pinned = tuple(num_pinned if s else 0 for s in sparse)
     nearest = int(np.abs(np.log(targets / cett)).argmin())

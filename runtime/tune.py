@@ -133,22 +133,21 @@ def _tuned(
     layer_bytes = h.shape[1] * layout.stride
     sketch_share = sketch.num_bytes / layer_bytes
     rows = predicted[torch.linspace(0, predicted.shape[0] - 1, min(_READ_TOKENS, predicted.shape[0])).long()].numpy()
-    moved = np.asarray([_moved_share(rows, tau, sketch_share, layout) for tau in found.tau])
+    moved = np.asarray([_moved_share(rows, float(tau), sketch_share, layout) for tau in found.tau[:, 0]])
     dense = 1 - REFERENCE_CACHE
     sparse = np.minimum.accumulate(moved) <= _WORTH * dense  # once worth it, so is every larger target
     tau = np.where(sparse[:, None], found.tau, np.float32(0))
     return TunedLayer(layer, order, sketch, replace(found, tau=tau), np.where(sparse, moved, dense), dense)
 
 
-def _moved_share(predicted: np.ndarray, tau: np.ndarray, sketch_share: float, layout: BundleLayout) -> float:
+def _moved_share(predicted: np.ndarray, tau: float, sketch_share: float, layout: BundleLayout) -> float:
     """Share of the layer's bytes that a token reads: beside the sketch the hottest records are resident, and the
-    largest pinned set that they hold is pinned. predicted [N, F]; tau [S]. Reads are merged and aligned as served."""
+    others are read above `tau`. predicted [N, F]. Reads are merged and aligned as served."""
     num = predicted.shape[1]
     resident = int(max(0.0, REFERENCE_CACHE - sketch_share) * num)
-    fitting = max(i for i, size in enumerate(pinned_sizes(num)) if size <= resident)
-    if tau[fitting] == 0.0:
+    if tau == 0.0:
         return 1.0
-    missed = [resident + np.flatnonzero(row[resident:] >= tau[fitting]) for row in predicted]
+    missed = [resident + np.flatnonzero(row[resident:] >= tau) for row in predicted]
     gap = min(_MERGE_GAP, DEFAULT_MERGE_GAP_BYTES // layout.stride)
     reads = read_cost([m for m in missed if m.size], np.arange(num), layout, [gap], _ALIGNMENT)[0, 1]
     return float(reads * sum(bool(m.size) for m in missed) / len(missed) / (num * layout.stride))
