@@ -28,7 +28,7 @@ DEPTHS = (1, 8, 64)  # reads handed over together, then waited for together, as 
 SMALLEST_FILE_BYTES = 32 << 20  # less tells of caches, not of a device
 DEFAULT_MERGE_GAP_BYTES = 8 << 10  # without a curve: less than one more request costs (benchmarks/LOG.md)
 
-_LARGEST_MERGE_GAP_BYTES = 32 << 10  # beyond that a busy processor was measured, not a device
+_LARGEST_MERGE_GAP_BYTES = 8 << 10  # wider gaps doubled the bytes and gained no time (benchmarks/LOG.md)
 _POINT_S = 0.05  # of reading, for each point: 2.5 s in all where there are three ways
 _ARENA_BYTES = 4 << 20
 _WAYS = ("io_uring", "pread", "buffered")

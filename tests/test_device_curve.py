@@ -50,7 +50,7 @@ def test_no_term_of_a_fit_is_negative() -> None:
     odd = [Point(4096, 1, 1e-3), Point(4096, 64, 1e-4), Point(65536, 64, 1e-4)]
     found = fit(odd)
     assert min(found.batch_s, found.request_s, found.byte_s) >= 0
-    assert fit(points(ReadCost(0.0, 1e-5, 0.0))).merge_gap_bytes == 32 << 10  # bytes cost nothing: there is a limit
+    assert fit(points(ReadCost(0.0, 1e-5, 0.0))).merge_gap_bytes == 8 << 10  # bytes cost nothing: there is a limit
 
 
 def test_every_way_that_opens_is_measured_and_kept(file: Path) -> None:
