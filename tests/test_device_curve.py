@@ -43,7 +43,9 @@ def test_a_fit_finds_the_cost_that_made_the_points() -> None:
     np.testing.assert_allclose(
         [found.batch_s, found.request_s, found.byte_s], [COST.batch_s, COST.request_s, COST.byte_s], rtol=1e-6
     )
-    assert found.merge_gap_bytes == pytest.approx(24000, abs=2)
+    assert found.merge_gap_bytes == 8 << 10  # 24,000 bytes cost no more than a request, but there is a limit
+    cheaper = fit(points(ReadCost(COST.batch_s, COST.request_s / 4, COST.byte_s)))
+    assert cheaper.merge_gap_bytes == pytest.approx(6000, abs=2)
 
 
 def test_no_term_of_a_fit_is_negative() -> None:

@@ -214,8 +214,8 @@ def test_one_lease_at_a_time(file: BundleFile) -> None:
 
 
 def test_the_device_curve_decides_which_gaps_are_read(file: BundleFile) -> None:
-    """Records of 1.2 KB, every 16th: the gap is read where requests are dear, and not where bytes are."""
-    ids = np.arange(0, NEURONS, 16, dtype=np.int32)
+    """Records of 1.2 KB, every sixth: the gap is read where requests are dear, and not where bytes are."""
+    ids = np.arange(0, NEURONS, 6, dtype=np.int32)
     read: dict[str, tuple[int, int]] = {}
     for name, request_s, byte_s in (("dear requests", 1e-4, 1e-9), ("dear bytes", 1e-9, 1e-4)):
         points = tuple(Point(s, d, d * (request_s + s * byte_s)) for s in (4096, 65536) for d in (1, 64))
