@@ -30,6 +30,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.readme import block, replace_block
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "first_path.json"
 RELU2_PARTS = ROOT.parent / "shared" / "models" / "smollm2-135m-relu2"
@@ -38,7 +40,7 @@ CETTS = (0.05, 0.1)
 FFN_CACHE = "30%"
 PROMPT_TOKENS = 64
 TITLES = {"swiglu": "SmolLM2-135M, SwiGLU", "relu2": "SmolLM2-135M, ReLU²"}
-BEGIN, END = "<!-- first_path:begin -->", "<!-- first_path:end -->"
+BLOCK = "first_path"  # of the README
 _REQUEST_BYTES = 1 << 20
 _AT_ONCE = 8
 
@@ -53,8 +55,8 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = table(result)
     if options.readme is not None:
-        replace_between_markers(options.readme, text)
-    print(f"{BEGIN}\n{text}\n{END}")
+        replace_block(options.readme, BLOCK, text)
+    print(block(BLOCK, text))
     print(json.dumps(result, ensure_ascii=False))
 
 
@@ -297,15 +299,6 @@ def _footnotes(result: dict[str, Any]) -> list[str]:
         "Written by `python -m benchmarks.first_path`."
     )
     return [line for note in notes for line in (note, "")][:-1]
-
-
-def replace_between_markers(path: Path, text: str) -> None:
-    """Puts the text between the two markers of the file. Exits with a sentence when they are not there, once each."""
-    old = path.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        sys.exit(f"{path}: {BEGIN} and {END} must be there once each, in this order")
-    head, tail = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
-    path.write_text(f"{head}\n{text}\n{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Two models side by side, from what `coldstream profile MODEL --out DIR` wrote: the README's small table.
 
-    python benchmarks/profile_table.py benchmarks/results/profile/smollm2 benchmarks/results/profile/relu2 \
+    python -m benchmarks.profile_table benchmarks/results/profile/smollm2 benchmarks/results/profile/relu2 \
         [--readme README.md]
 
 Prints the table; --readme replaces what stands between `<!-- profile:begin -->` and `<!-- profile:end -->` there.
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- profile:begin -->", "<!-- profile:end -->"
+from benchmarks.readme import block, replace_block
+
+BLOCK = "profile"  # of the README
 LOW, HIGH = 0.05, 0.2  # CETT
 CACHED = 0.3  # of a layer
 ACTIVATIONS = {"silu": "SwiGLU", "relu2": "ReLU²", "relu": "ReLU", "gelu": "GeGLU"}
@@ -41,7 +42,7 @@ def note(profiles: list[Profile]) -> str:
     return (
         f"`coldstream profile MODEL --out DIR{quick}`; perplexity on {tokens} tokens of `{first['text']}` (sha256 "
         f"`{first['text_sha256'][:12]}`), thresholds from {first['scope']['calibration_tokens']} tokens of another "
-        f"text, active sets from {active_tokens}. Written by `python benchmarks/profile_table.py`."
+        f"text, active sets from {active_tokens}. Written by `python -m benchmarks.profile_table`."
     )
 
 
@@ -136,15 +137,6 @@ ROWS: tuple[tuple[str, Callable[[Profile], str]], ...] = (
 )
 
 
-def replace_between_markers(path: Path, text: str) -> None:
-    """Puts the text between the two markers of the file. Exits with a sentence when they are not there, once each."""
-    old = path.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        sys.exit(f"{path}: {BEGIN} and {END} must be there once each, in this order")
-    head, tail = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
-    path.write_text(f"{head}\n{text}\n{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profiles", nargs="+", type=Path, help="folders that `coldstream profile` wrote")
@@ -152,8 +144,8 @@ def main() -> None:
     options = parser.parse_args()
     text = table([json.loads((p / "profile.json").read_text(encoding="utf-8")) for p in options.profiles])
     if options.readme is not None:
-        replace_between_markers(options.readme, text)
-    print(f"{BEGIN}\n{text}\n{END}")
+        replace_block(options.readme, BLOCK, text)
+    print(block(BLOCK, text))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from benchmarks import profile_table
+from benchmarks.readme import block
 from cache.errors import ColdstreamError
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.families import Exact, Sketch4, all_families, quick_families
@@ -248,7 +249,7 @@ def test_the_readme_gets_both_models_side_by_side(
 ) -> None:
     figures, out = profiled
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{profile_table.BEGIN}\nstale\n{profile_table.END}\nafter\n", encoding="utf-8")
+    readme.write_text(f"before\n{block(profile_table.BLOCK, 'stale')}\nafter\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["profile_table.py", str(out), str(out), "--readme", str(readme)])
     profile_table.main()
     text = readme.read_text(encoding="utf-8")
