@@ -196,10 +196,12 @@ def make_plan(
     Raises BudgetError (--memory too small, or more than there is), UnsupportedError (an option this version lacks),
     ColdstreamError (an option out of range).
     """
-    _check_options(config, options)
-    sizes = _Sizes(config, layout, options, process_bytes, _sketch_sizes(config) if sketches is None else sketches)
+    check_options(config, options)
+    if options.gpu_memory_bytes is not None:
+        raise UnsupportedError("--gpu-memory: nothing is kept on a GPU when the CPU computes; leave it out")
+    sizes = _Sizes(config, layout, options, sketch_sizes(config) if sketches is None else sketches, process_bytes)
     smallest = _smallest_budget(sizes)
-    budget, source = _budget(options, host, process_bytes)
+    budget, source = memory_budget(options, host, process_bytes)
     if budget < smallest:
         raise BudgetError(_too_small(sizes, budget, source, smallest), smallest)
     return _divide(sizes, budget, source, smallest, host)
@@ -217,13 +219,12 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Prices: bytes of each class for a model and options. Nothing here depends on the budget."""
+class ModelSizes:
+    """Prices that are the same wherever a model is computed: bytes of its parts for a model and options."""
 
     config: ModelConfig
     layout: BundleLayout
     options: PlanOptions
-    measured_process_bytes: int
     sketches: Sequence[SketchSize]
 
     @property
@@ -250,25 +251,10 @@ class _Sizes:
         return 4 if self.dtype == "fp32" else 2
 
     @property
-    def smallest_staging(self) -> int:
-        return smallest_staging_bytes(self.layout)
-
-    @property
-    def largest_staging(self) -> int:
-        """A whole layer, every record of it read apart: more is never read at once."""
-        slack = 4 * _PAGE
-        return max(self.smallest_staging, _round_up(self.layer_bytes + slack, 2 * _PAGE))
-
-    @property
     def wanted_slots(self) -> int:
         """Slots that --ffn-cache asks for; 0 without it."""
         cache = self.options.ffn_cache
         return 0 if cache is None else cache.bytes_of(self.ffn_bytes) // self.layout.stride
-
-    @property
-    def most_partial_slots(self) -> int:
-        """Slots that leave every layer at least one neuron short."""
-        return self.config.num_hidden_layers * (self.config.intermediate_size - 1)
 
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // BLOCK_SIZE)
@@ -278,22 +264,8 @@ class _Sizes:
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.item_bytes
         return self.blocks(num_tokens) * BLOCK_SIZE * token
 
-    def details(self, shape: _Shape) -> dict[str, int]:
-        """Every class of bytes but the headroom, "use.what" -> bytes."""
-        sequence = self.kv_bytes(shape.max_model_len)
-        return {
-            "process.measured": self.measured_process_bytes,
-            "process.growth": max(_GROWTH_BYTES, _PROCESS_BYTES - self.measured_process_bytes),
-            "process.tokenizer": self.config.vocab_size * _TOKENIZER_BYTES,
-            **self._resident(shape.max_model_len),
-            "kv.blocks": sequence * shape.num_sequences,
-            "predictor.weights": self._predictor_bytes(shape.num_pinned),
-            "slots.records": shape.num_slots * self.layout.stride,
-            "staging.buffer": shape.staging_bytes,
-            **self._scratch(shape),
-        }
-
-    def _resident(self, max_model_len: int) -> dict[str, int]:
+    def resident(self, max_model_len: int) -> dict[str, int]:
+        """ "use.what" -> bytes."""
         c = self.config
         embedding = c.vocab_size * c.hidden_size * self.item_bytes
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -304,10 +276,9 @@ class _Sizes:
             "resident.attention": c.num_hidden_layers * 2 * (q + kv) * c.hidden_size * self.item_bytes,
             "resident.norms": 4 * (c.num_hidden_layers * (2 * c.hidden_size + biases) + c.hidden_size),
             "resident.positions": max_model_len * c.head_dim * 4,  # cos and sin of half a head
-            "resident.neuron_tables": self.num_neurons * _NEURON_BYTES,
         }
 
-    def _predictor_bytes(self, num_pinned: int) -> int:
+    def predictor_bytes(self, num_pinned: int) -> int:
         if self.options.mode == "dense":
             return 0
         if self.options.mode == "exact":
@@ -322,6 +293,68 @@ class _Sizes:
         """Of a sparse layer, largest first: those that thresholds were calibrated for."""
         return tuple(reversed(pinned_sizes(self.config.intermediate_size))) if self.options.mode == "sparse" else (0,)
 
+    def process(self, measured_bytes: int, growth_bytes: int = _GROWTH_BYTES) -> dict[str, int]:
+        """Of a process that was measured after its imports, "use.what" -> bytes."""
+        return {
+            "process.measured": measured_bytes,
+            "process.growth": max(growth_bytes, _PROCESS_BYTES - measured_bytes),
+            "process.tokenizer": self.config.vocab_size * _TOKENIZER_BYTES,
+        }
+
+    def request_bytes(self, max_model_len: int) -> int:
+        """All requests as they wait, and the answers of those that run, scored with the most alternatives."""
+        held = self.options.max_num_seqs + self.options.max_queue
+        answers = self.options.max_num_seqs * _SCORED_TOKEN_BYTES * max_model_len
+        return held * (_REQUEST_BYTES + _TOKEN_BYTES * max_model_len) + answers
+
+    def load_bytes(self) -> int:
+        """The largest resident tensor as it comes out of the file, unless that is its dtype already; the profile."""
+        c = self.config
+        stored = {"bf16": 2, "fp16": 2}.get(c.dtype, 4)  # quantised types are dequantised to fp32
+        copied = 0 if c.dtype == self.dtype else stored
+        elements = max(c.vocab_size, c.num_attention_heads * c.head_dim) * c.hidden_size
+        return elements * copied + self.num_neurons * _PROFILE_BYTES + _PIECES_BYTES
+
+    def disk_bytes(self) -> int:
+        """Estimated from shapes: records, sketch, frequencies at each target; 16 MiB for all that is small."""
+        return self.num_neurons * (self.layout.stride + sketch_row_bytes(self.config) + _PROFILE_BYTES) + 16 * _MIB
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes(ModelSizes):
+    """All prices in main memory. Nothing here depends on the budget."""
+
+    measured_process_bytes: int
+
+    @property
+    def smallest_staging(self) -> int:
+        return smallest_staging_bytes(self.layout)
+
+    @property
+    def largest_staging(self) -> int:
+        """A whole layer, every record of it read apart: more is never read at once."""
+        slack = 4 * _PAGE
+        return max(self.smallest_staging, _round_up(self.layer_bytes + slack, 2 * _PAGE))
+
+    @property
+    def most_partial_slots(self) -> int:
+        """Slots that leave every layer at least one neuron short."""
+        return self.config.num_hidden_layers * (self.config.intermediate_size - 1)
+
+    def details(self, shape: _Shape) -> dict[str, int]:
+        """Every class of bytes but the headroom, "use.what" -> bytes."""
+        sequence = self.kv_bytes(shape.max_model_len)
+        return {
+            **self.process(self.measured_process_bytes),
+            **self.resident(shape.max_model_len),
+            "resident.neuron_tables": self.num_neurons * _NEURON_BYTES,
+            "kv.blocks": sequence * shape.num_sequences,
+            "predictor.weights": self.predictor_bytes(shape.num_pinned),
+            "slots.records": shape.num_slots * self.layout.stride,
+            "staging.buffer": shape.staging_bytes,
+            **self._scratch(shape),
+        }
+
     def _scratch(self, shape: _Shape) -> dict[str, int]:
         """What comes and goes. The phases of a step follow each other, so the largest counts.
 
@@ -332,13 +365,13 @@ class _Sizes:
         serving = {
             "scratch.step": self._activation_bytes(shape.max_model_len) + max(phases),
             "scratch.sampling": self._sampling_bytes(),
-            "scratch.requests": self._request_bytes(shape.max_model_len),
+            "scratch.requests": self.request_bytes(shape.max_model_len),
             "scratch.allocator": _SLACK_BYTES,
         }
         later = self.kv_bytes(shape.max_model_len) * shape.num_sequences + shape.num_slots * self.layout.stride
         if self.config.tie_word_embeddings:
-            later += self._resident(shape.max_model_len)["resident.attention"]
-        loading = max(0, self._load_bytes() - sum(serving.values()) - later - shape.staging_bytes)
+            later += self.resident(shape.max_model_len)["resident.attention"]
+        loading = max(0, self.load_bytes() - sum(serving.values()) - later - shape.staging_bytes)
         padding = _PAGE + _round_up(self.layout.stride, _PAGE)  # of the arena: between its parts, and a spare record
         return serving | {"scratch.loading": loading, "scratch.arena_padding": padding}
 
@@ -379,30 +412,12 @@ class _Sizes:
         """Rows are decoded together and sampled one after the other."""
         return (self.options.max_num_seqs * _ROW_BYTES + _SAMPLER_BYTES) * self.config.vocab_size
 
-    def _request_bytes(self, max_model_len: int) -> int:
-        """All requests as they wait, and the answers of those that run, scored with the most alternatives."""
-        held = self.options.max_num_seqs + self.options.max_queue
-        answers = self.options.max_num_seqs * _SCORED_TOKEN_BYTES * max_model_len
-        return held * (_REQUEST_BYTES + _TOKEN_BYTES * max_model_len) + answers
-
-    def _load_bytes(self) -> int:
-        """The largest resident tensor as it comes out of the file, unless that is its dtype already; the profile."""
-        c = self.config
-        stored = {"bf16": 2, "fp16": 2}.get(c.dtype, 4)  # quantised types are dequantised to fp32
-        copied = 0 if c.dtype == self.dtype else stored
-        elements = max(c.vocab_size, c.num_attention_heads * c.head_dim) * c.hidden_size
-        return elements * copied + self.num_neurons * _PROFILE_BYTES + _PIECES_BYTES
-
     def total(self, shape: _Shape) -> int:
         return sum(self.details(shape).values())
 
     def left(self, shape: _Shape, bound: int) -> int:
         """What slots or KV may grow by until the total is `bound`; the room that loading alone needs costs nothing."""
         return bound - self.total(shape) + self.details(shape)["scratch.loading"]
-
-    def disk_bytes(self) -> int:
-        """Estimated from shapes: records, sketch, frequencies at each target; 16 MiB for all that is small."""
-        return self.num_neurons * (self.layout.stride + sketch_row_bytes(self.config) + _PROFILE_BYTES) + 16 * _MIB
 
 
 def sketch_row_bytes(config: ModelConfig) -> int:
@@ -411,13 +426,13 @@ def sketch_row_bytes(config: ModelConfig) -> int:
     return vectors * (math.ceil(_SKETCH_BITS * config.hidden_size / 8) + 2 + 4) + 2
 
 
-def _sketch_sizes(config: ModelConfig) -> list[SketchSize]:
+def sketch_sizes(config: ModelConfig) -> list[SketchSize]:
+    """Of a model that is not packed yet: every layer is taken to be sparse."""
     return [SketchSize(sketch_row_bytes(config), 6 * config.hidden_size + 16)] * config.num_hidden_layers
 
 
-def _check_options(config: ModelConfig, options: PlanOptions) -> None:
-    if options.gpu_memory_bytes is not None:
-        raise UnsupportedError("--gpu-memory: this version runs on cpu only")
+def check_options(config: ModelConfig, options: PlanOptions) -> None:
+    """Raises ColdstreamError, naming the flag."""
     if options.mode not in ("sparse", "exact", "dense"):
         raise ColdstreamError(f"--mode {options.mode}: one of sparse, exact, dense")
     if options.dtype not in ("auto", "bf16", "fp32"):
@@ -429,7 +444,7 @@ def _check_options(config: ModelConfig, options: PlanOptions) -> None:
         raise ColdstreamError(f"--max-model-len {options.max_model_len}: from 1 to {longest}, the model's own context")
 
 
-def _budget(options: PlanOptions, host: HostMemory, process_bytes: int) -> tuple[int, str]:
+def memory_budget(options: PlanOptions, host: HostMemory, process_bytes: int) -> tuple[int, str]:
     """The budget and where it comes from. A promise above what can be had is refused."""
     if options.memory_bytes is None:
         return default_budget(host, process_bytes), host.source
@@ -441,7 +456,7 @@ def _budget(options: PlanOptions, host: HostMemory, process_bytes: int) -> tuple
     return min(options.memory_bytes, most), "--memory"
 
 
-def _lengths(sizes: _Sizes) -> list[int]:
+def context_lengths(sizes: ModelSizes) -> list[int]:
     """Contexts to choose from, longest first."""
     if sizes.options.max_model_len is not None:
         return [sizes.options.max_model_len]
@@ -452,7 +467,8 @@ def _lengths(sizes: _Sizes) -> list[int]:
     return found
 
 
-def _headroom(budget: int) -> int:
+def headroom(budget: int) -> int:
+    """What the kernel takes of a budget, bytes."""
     return _HEADROOM_BYTES + budget // _HEADROOM_SHARE
 
 
@@ -462,7 +478,7 @@ def _smallest_shape(sizes: _Sizes, max_model_len: int) -> _Shape:
 
 def _smallest_budget(sizes: _Sizes) -> int:
     """Whole MiB, so that it can be typed back."""
-    needed = sizes.total(_smallest_shape(sizes, _lengths(sizes)[-1])) + _HEADROOM_BYTES
+    needed = sizes.total(_smallest_shape(sizes, context_lengths(sizes)[-1])) + _HEADROOM_BYTES
     budget = -(-needed * _HEADROOM_SHARE // (_HEADROOM_SHARE - 1))
     return _round_up(budget, _MIB)
 
@@ -481,7 +497,7 @@ def _too_small(sizes: _Sizes, budget: int, source: str, smallest: int) -> str:
 
 def _divide(sizes: _Sizes, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
     """The largest pinned set that the slots hold: it needs no sketch, and the others pass a higher threshold."""
-    shapes = (_shape(sizes, budget - _headroom(budget), num_pinned) for num_pinned in sizes.pinned_sizes)
+    shapes = (_shape(sizes, budget - headroom(budget), num_pinned) for num_pinned in sizes.pinned_sizes)
     shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
     return _plan(sizes, shape, budget, source, smallest, host)
 
@@ -503,7 +519,7 @@ def _part(sizes: _Sizes, shape: _Shape, room: int) -> int:
 
 
 def _choose_length(sizes: _Sizes, room: int) -> int:
-    lengths = _lengths(sizes)
+    lengths = context_lengths(sizes)
     bound = _part(sizes, _smallest_shape(sizes, lengths[-1]), room)
     fitting = (n for n in lengths if sizes.total(_smallest_shape(sizes, n)) <= bound)
     return next(fitting, lengths[-1])
@@ -544,8 +560,8 @@ def _more_slots(sizes: _Sizes, shape: _Shape, room: int) -> _Shape:
 
 
 def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
-    details = sizes.details(shape) | {"headroom.kernel": _headroom(budget)}
-    uses = _by_use(details)
+    details = sizes.details(shape) | {"headroom.kernel": headroom(budget)}
+    uses = by_use(details)
     return Plan(
         budget_bytes=budget,
         budget_source=source,
@@ -560,7 +576,7 @@ def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int,
         ffn_bytes=sizes.ffn_bytes,
         disk_bytes=sizes.disk_bytes(),
         smallest_budget_bytes=smallest,
-        slots_per_layer=_spread(shape.num_slots, sizes.config.num_hidden_layers),
+        slots_per_layer=spread(shape.num_slots, sizes.config.num_hidden_layers),
         num_pinned=shape.num_pinned,
         kv_blocks=sizes.blocks(shape.max_model_len) * shape.num_sequences,
         block_size=BLOCK_SIZE,
@@ -574,7 +590,8 @@ def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int,
     )
 
 
-def _by_use(details: dict[str, int]) -> dict[str, int]:
+def by_use(details: dict[str, int]) -> dict[str, int]:
+    """Sums of "use.what" by use."""
     uses: dict[str, int] = {}
     for name, num_bytes in details.items():
         use = name.partition(".")[0]
@@ -582,14 +599,14 @@ def _by_use(details: dict[str, int]) -> dict[str, int]:
     return uses
 
 
-def _spread(num_slots: int, num_layers: int) -> tuple[int, ...]:
+def spread(num_slots: int, num_layers: int) -> tuple[int, ...]:
     """As even as can be, the first layers one more: the first layer needs the most care."""
     each, more = divmod(num_slots, num_layers)
     return tuple(each + (layer < more) for layer in range(num_layers))
 
 
 def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Iterator[str]:
-    longest = _lengths(sizes)[0]
+    longest = context_lengths(sizes)[0]
     if shape.max_model_len < longest:
         yield f"the context is {shape.max_model_len} tokens instead of {longest}, to fit the budget (--max-model-len)"
     if shape.num_sequences < sizes.options.max_num_seqs:

@@ -1,0 +1,155 @@
+"""The plan of a GPU keeps both promises: no tier exceeds its budget, the smallest works, and one byte less is refused.
+
+No GPU: devices are made up.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from cache.budget import HostMemory
+from cache.bundle import BundleDtype, BundleLayout
+from cache.errors import BudgetError, ColdstreamError
+from runtime.config import ModelConfig
+from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
+from runtime.plan import FfnCache, PlanOptions
+from tests.test_plan import GIB, LARGE, MIB, PROCESS, SMOL, TINY
+
+HOST = HostMemory(128 * GIB, 120 * GIB, None, "MemAvailable")
+CARD = DeviceMemory("Card", 80 * GIB, 79 * GIB)
+
+
+def plan(
+    config: ModelConfig = SMOL,
+    options: PlanOptions | None = None,
+    bundles: str = "bf16",
+    host: HostMemory = HOST,
+    device: DeviceMemory = CARD,
+) -> GpuPlan:
+    layout = BundleLayout.make(config.hidden_size, config.gated, BundleDtype(bundles))
+    return make_gpu_plan(config, layout, options or PlanOptions(), host, device, PROCESS)
+
+
+def check(made: GpuPlan, config: ModelConfig) -> None:
+    """What holds of every plan."""
+    for tier, budget in made.budgets().items():
+        assert sum(made.uses()[tier].values()) + made.unused()[tier] == budget
+        assert made.unused()[tier] >= 0 and min(made.uses()[tier].values()) >= 0
+    assert made.smallest_gpu_bytes <= made.gpu_budget_bytes
+    assert made.smallest_memory_bytes <= made.memory_budget_bytes
+    stride = made.ffn_bytes // (config.num_hidden_layers * config.intermediate_size)
+    assert sum(made.slots_per_layer) * stride == made.slab_bytes <= made.ffn_bytes
+    assert max(made.slots_per_layer) <= config.intermediate_size
+    assert sum(made.slots_per_layer) >= made.num_pinned * config.num_hidden_layers
+    assert made.kv_blocks * made.block_size >= made.max_model_len
+    assert made.staging_bytes % stride == 0 and made.gpu_details["staging.buffers"] == 2 * made.staging_bytes
+    assert 1 <= made.prefill_chunk <= made.max_model_len
+    assert made.decode_buckets[-1] >= min(16, made.max_num_seqs) and made.decode_buckets[0] == 1
+    assert made.memory_details["home.records"] == made.ffn_bytes
+
+
+@pytest.mark.parametrize("config", [SMOL, LARGE, TINY], ids=["smol", "large", "tiny"])
+@pytest.mark.parametrize("mode", ["sparse", "exact", "dense"])
+def test_any_budget_is_kept(config: ModelConfig, mode: str) -> None:
+    dice = random.Random(f"{config.hidden_size}{mode}")
+    for _ in range(60):
+        options = PlanOptions(
+            memory_bytes=dice.randrange(2 * GIB, 40 * GIB),
+            gpu_memory_bytes=dice.choice([None, dice.randrange(GIB, 24 * GIB)]),
+            mode=mode,
+            dtype=dice.choice(["auto", "bf16", "fp32"]),
+            ffn_cache=dice.choice([None, FfnCache(percent=dice.uniform(0, 100))]),
+            max_num_seqs=dice.randint(1, 32),
+            max_model_len=dice.choice([None, 17, config.max_position_embeddings]),
+        )
+        try:
+            check(plan(config, options, dice.choice(["bf16", "fp32", "int8"])), config)
+        except BudgetError as error:
+            assert error.smallest_bytes > 0 and "the smallest that works is --" in str(error)
+
+
+@pytest.mark.parametrize("config", [SMOL, LARGE, TINY], ids=["smol", "large", "tiny"])
+@pytest.mark.parametrize("cache", [None, FfnCache(percent=20.0)], ids=["free", "20%"])
+def test_smallest_budgets_work_and_one_byte_less_is_refused(config: ModelConfig, cache: FfnCache | None) -> None:
+    free = plan(config, PlanOptions(ffn_cache=cache))
+    gpu, memory = free.smallest_gpu_bytes, free.smallest_memory_bytes
+    assert gpu % MIB == memory % MIB == 0
+    check(plan(config, PlanOptions(gpu_memory_bytes=gpu, memory_bytes=memory, ffn_cache=cache)), config)
+    with pytest.raises(BudgetError, match=f"is too small .*; the smallest that works is --gpu-memory {gpu >> 20}MiB"):
+        plan(config, PlanOptions(gpu_memory_bytes=gpu - 1, ffn_cache=cache))
+    with pytest.raises(BudgetError, match=f"main memory for the GPU; .* --memory {memory >> 20}MiB") as caught:
+        plan(config, PlanOptions(memory_bytes=memory - 1, ffn_cache=cache))
+    assert caught.value.smallest_bytes == memory
+
+
+def test_more_gpu_memory_never_means_fewer_slots() -> None:
+    smallest = plan(LARGE, PlanOptions(max_model_len=2048)).smallest_gpu_bytes
+    budgets = range(smallest, 16 * GIB, 512 * MIB)
+    shares = [
+        plan(LARGE, PlanOptions(gpu_memory_bytes=b, max_model_len=2048, mode="dense")).ffn_cache_share for b in budgets
+    ]
+    assert shares == sorted(shares) and shares[0] < 0.05 and shares[-1] == 1.0
+
+
+def test_bytes_by_hand() -> None:
+    made = plan(LARGE, PlanOptions(gpu_memory_bytes=8 * GIB, max_num_seqs=4, ffn_cache=FfnCache.parse("20%")))
+    stride = BundleLayout.make(2560, False, BundleDtype.BF16).stride
+    assert made.slab_bytes == int(36 * 18432 * 0.2) * stride
+    assert made.gpu_details["resident.attention"] == 36 * 2 * (20 * 128 + 4 * 128) * 2560 * 2
+    assert made.gpu_details["resident.head"] == 128004 * 2560 * 2
+    assert made.kv_blocks == made.max_model_len // 16 * 4
+    assert made.gpu_details["kv.blocks"] == 2 * 36 * 4 * 128 * 2 * made.max_model_len * 4
+    assert made.prefill_chunk == 2048 and made.staging_bytes == 18432 * stride and made.decode_buckets == (1, 2, 4)
+    assert made.num_pinned == round(0.2 * 18432)
+    rest = made.gpu_details["resident.attention"] + made.gpu_details["resident.head"]
+    assert made.multiplied_bytes == rest + made.gpu_details["predictor.weights"]
+
+
+def test_the_default_is_what_the_card_has_left() -> None:
+    busy = plan(device=DeviceMemory("Card", 80 * GIB, 10 * GIB))
+    assert busy.gpu_budget_source == "free GPU memory" and 9 * GIB < busy.gpu_budget_bytes < 11 * GIB
+    asked = plan(options=PlanOptions(gpu_memory_bytes=20 * GIB), device=DeviceMemory("Card", 80 * GIB, 10 * GIB))
+    assert any("the GPU budget is 20GiB, but only" in note for note in asked.notes)
+    with pytest.raises(ColdstreamError, match=rf"--gpu-memory 90GiB .*: more than the {80 * GIB} bytes that Card has"):
+        plan(options=PlanOptions(gpu_memory_bytes=90 * GIB))
+    with pytest.raises(BudgetError, match=r"of memory \(free GPU memory\) is too small"):
+        plan(device=DeviceMemory("Card", 80 * GIB, 64 * MIB))
+
+
+def test_a_card_that_is_not_here_has_what_is_asked_of_it() -> None:
+    made = plan(options=PlanOptions(gpu_memory_bytes=6 * GIB), device=DeviceMemory.assumed(6 * GIB))
+    assert made.gpu_budget_bytes == 6 * GIB and made.device == "not here"
+    assert not any("free now" in note for note in made.notes)
+
+
+def test_a_tight_budget_shrinks_context_rows_and_staging_and_says_so() -> None:
+    smallest = plan(LARGE).smallest_gpu_bytes
+    made = plan(LARGE, PlanOptions(gpu_memory_bytes=smallest + 64 * MIB))
+    check(made, LARGE)
+    assert made.max_model_len < 4096 and made.staging_bytes < 18432 * 10304 and made.prefill_chunk < 2048
+    assert any(f"the context is {made.max_model_len} tokens instead of 4096" in note for note in made.notes)
+    tight = PlanOptions(memory_bytes=plan(SMOL, PlanOptions(max_num_seqs=32)).smallest_memory_bytes, max_num_seqs=32)
+    assert plan(SMOL, tight).max_model_len == 256  # a long context's requests do not fit main memory
+
+
+@pytest.mark.parametrize(
+    ("seqs", "buckets"), [(1, (1,)), (3, (1, 2, 4)), (16, (1, 2, 4, 8, 16)), (99, (1, 2, 4, 8, 16))]
+)
+def test_buckets_reach_the_number_of_sequences(seqs: int, buckets: tuple[int, ...]) -> None:
+    assert plan(options=PlanOptions(max_num_seqs=seqs)).decode_buckets == buckets
+
+
+def test_json_round_trips_and_metrics_levels_agree() -> None:
+    made = plan(replace(SMOL, dtype="fp32"))
+    data = json.loads(json.dumps(made.to_json()))
+    assert set(data["tiers"]) == {"gpu", "cpu", "disk"} and data["tiers"]["gpu"] == made.uses()["gpu"]
+    assert sum(data["gpu_details"].values()) + data["unused_bytes"]["gpu"] == data["gpu_budget_bytes"]
+    levels = made.memory_levels()
+    assert levels.budget_bytes == {"gpu": made.gpu_budget_bytes, "cpu": made.memory_budget_bytes}
+    assert levels.used_bytes["gpu", "slots"] == made.slab_bytes and levels.used_bytes["cpu", "home"] == made.ffn_bytes
+    with pytest.raises(ColdstreamError, match="--mode fast"):
+        plan(options=PlanOptions(mode="fast"))
