@@ -1,12 +1,14 @@
 """Active sets of a real model on real text, recorded, and forced on a model of a large shape with random weights.
 
-    python -m benchmarks.traces record MODEL --out FILE [--tokens 2304] [--cett 0.05]
+    python -m benchmarks.traces record MODEL --out FILE [--tokens 2304] [--cett 0.05 | --active 0.333]
     python -m benchmarks.traces bench PACKED --trace FILE [--memory 3GiB] [--prompt-tokens 512] [--tokens 256]
 
 Random weights have no skew, no reuse and no co-activation, and their text loops; so what is read and computed for each
 token is decided by a trace of a real ReLU² model instead: every layer of F neurons replays F / 1,536 layers of the real
-one, drawn anew for each layer, side by side. Which of them is drawn never changes within a run, so that reuse between
-tokens, the sizes of the sets and which neurons go together are the real ones. Neurons are numbered by their frequency
+one, drawn anew for each layer, side by side (where F is no multiple, the last one in part). Which of them is drawn
+never changes within a run, so that reuse between tokens, the sizes of the sets and which neurons go together are the
+real ones. `--active` records the neurons of largest output in place of those that a CETT keeps: as many as another
+activation keeps, a third for ReGLU. Neurons are numbered by their frequency
 on the calibration text, the hottest first, as in a packed model. The predictor's pass is run at its real size, on
 sketches of random bits, and its answer is thrown away. The shares and the reuse of what was replayed are measured in
 the run. Knows predictors by their protocol; nothing in runtime/ knows of traces.
@@ -40,6 +42,7 @@ from runtime.predictor import Predictor
 from runtime.sketches import PlaneSketch
 from runtime.tokenizer import Tokenizer
 
+Keep = Callable[[LayerTail], float]  # a layer's threshold on output magnitudes
 ROW_STEP = 131  # tokens of the trace between two rows of a batch, so that they are not at the same place of the text
 _THRESHOLD_TOKENS = 1536
 
@@ -83,16 +86,15 @@ class Trace:
             raise SystemExit(f"--trace {path}: not a trace ({error})") from error
 
 
-def record(checkpoint: Checkpoint, calibration: torch.Tensor, heldout: torch.Tensor, cett: float) -> Trace:
-    """Active sets of the dense model on the held-out tokens [T] at the threshold of each layer that gives the CETT on
-    the calibration tokens [S, T]."""
+def record(checkpoint: Checkpoint, calibration: torch.Tensor, heldout: torch.Tensor, keep: Keep) -> Trace:
+    """Active sets of the dense model on the held-out tokens [T] at the threshold of each layer that `keep` gives on the
+    calibration tokens [S, T]."""
     bits, frequencies = [], []
     for ffn, inputs in forward(checkpoint, torch.cat([calibration, heldout[None]])):
         h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])  # [S + 1, T, F]
         known = h[:-1].flatten(0, 1)
         rows = torch.linspace(0, known.shape[0] - 1, min(_THRESHOLD_TOKENS, known.shape[0])).long()
-        tail = LayerTail(known[rows], ffn.down)
-        at = thresholds(tail, tail.magnitude, [cett])[0] / ffn.down.norm(dim=1).clamp_min(1e-30)
+        at = keep(LayerTail(known[rows], ffn.down)) / ffn.down.norm(dim=1).clamp_min(1e-30)
         active = (h.abs() >= at) & (h != 0)
         bits.append(np.packbits(active[-1].numpy(), axis=1, bitorder="little"))
         frequencies.append(active[:-1].float().mean(dim=(0, 1)).numpy())
@@ -100,60 +102,88 @@ def record(checkpoint: Checkpoint, calibration: torch.Tensor, heldout: torch.Ten
     return Trace(np.stack(bits), np.stack(frequencies))
 
 
+def at_cett(cett: float) -> Keep:
+    """The threshold on output magnitudes that drops a tail of that CETT."""
+    return lambda tail: thresholds(tail, tail.magnitude, [cett])[0]
+
+
+def at_share(share: float) -> Keep:
+    """The threshold on output magnitudes that so many reach; what is zero is never active."""
+
+    def keep(tail: LayerTail) -> float:
+        return float(np.quantile(tail.magnitude.numpy(), 1 - share))
+
+    return keep
+
+
+class Replay:
+    """Sets of a trace for `num_layers` layers of `num_neurons`, hottest neuron first as in a packed model."""
+
+    def __init__(self, trace: Trace, num_layers: int, num_neurons: int, seed: int = 0) -> None:
+        real_layers, real_neurons = trace.frequency.shape
+        rng, cut = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+        parts = -(-num_neurons // real_neurons)
+        draws = -(-parts // real_layers)
+        self._parts = [
+            np.concatenate([rng.permutation(real_layers) for _ in range(draws)])[:parts] for _ in range(num_layers)
+        ]
+        whole, rest = divmod(num_neurons, real_neurons)
+        places = [
+            np.concatenate(
+                [np.arange(whole * real_neurons), whole * real_neurons + cut.permutation(real_neurons)[:rest]]
+            )
+            for _ in range(num_layers)
+        ]
+        self._order = [
+            at[np.argsort(-trace.frequency[p].ravel()[at], kind="stable")]
+            for p, at in zip(self._parts, places, strict=True)
+        ]
+        self.trace, self.num_layers, self.num_neurons = trace, num_layers, num_neurons
+
+    def active(self, layer: int, token: int) -> np.ndarray:
+        """bool [F]; the trace begins again after its last token."""
+        bits = self.trace.bits[self._parts[layer], token % self.trace.num_tokens]  # [parts, bytes]
+        real = np.unpackbits(bits, axis=1, count=self.trace.frequency.shape[1], bitorder="little")
+        return np.asarray(real.ravel()[self._order[layer]].view(bool))
+
+    def frequency(self) -> np.ndarray:
+        """float32 [L, F]: share of tokens of another text that need a neuron."""
+        return np.stack([self.trace.frequency[p].ravel()[o] for p, o in zip(self._parts, self._order, strict=True)])
+
+
 class ReplayPredictor:
-    """Forces the trace's sets on `num_layers` layers of `num_neurons`; a token of the trace for each call of a layer.
+    """Forces a replay's sets; a token of the trace for each call of a layer.
 
     pass_of(layer, x): what a real predictor would compute, run and forgotten. calls_per_token: 2 where the model looks
-    ahead, whose guesses are then always right. Row b of a batch is ROW_STEP * b tokens further. ValueError when the
-    layers are not whole multiples of the trace's.
+    ahead, whose guesses are then always right. Row b of a batch is ROW_STEP * b tokens further.
     """
 
     name = "trace"
 
     def __init__(
         self,
-        trace: Trace,
-        num_layers: int,
-        num_neurons: int,
+        replay: Replay,
         pass_of: Callable[[int, np.ndarray], object],
         pass_bytes: int = 0,
         calls_per_token: int = 1,
-        seed: int = 0,
     ) -> None:
-        real_layers, real_neurons = trace.frequency.shape
-        if num_neurons % real_neurons:
-            raise ValueError(f"layers of {num_neurons} neurons are not whole multiples of the trace's {real_neurons}")
-        rng = np.random.default_rng(seed)
-        parts = num_neurons // real_neurons
-        draws = -(-parts // real_layers)
-        self._parts = [
-            np.concatenate([rng.permutation(real_layers) for _ in range(draws)])[:parts] for _ in range(num_layers)
-        ]
-        # by frequency, hottest first, as in a packed model
-        self._order = [np.argsort(-trace.frequency[p].ravel(), kind="stable") for p in self._parts]
-        self._trace, self._pass_of, self.num_bytes = trace, pass_of, pass_bytes
+        self._replay, self._pass_of, self.num_bytes = replay, pass_of, pass_bytes
         self._calls_per_token = calls_per_token
-        self._calls = np.zeros(num_layers, np.int64)
+        self._calls = np.zeros(replay.num_layers, np.int64)
         self._replayed: list[np.ndarray] = []  # of layer 0, packed: what `facts` looks at
 
     def predict(self, layer: int, x: np.ndarray) -> np.ndarray:
         self._pass_of(layer, x)
         token = int(self._calls[layer]) // self._calls_per_token
         self._calls[layer] += 1
-        mask = np.stack([self.active(layer, token + ROW_STEP * b) for b in range(x.shape[0])])
+        mask = np.stack([self._replay.active(layer, token + ROW_STEP * b) for b in range(x.shape[0])])
         if layer == 0 and self._calls[0] % self._calls_per_token == 0:
             self._replayed.append(np.packbits(mask[0]))
         return mask
 
-    def active(self, layer: int, token: int) -> np.ndarray:
-        """bool [F]; the trace begins again after its last token."""
-        bits = self._trace.bits[self._parts[layer], token % self._trace.num_tokens]  # [parts, bytes]
-        real = np.unpackbits(bits, axis=1, count=self._trace.frequency.shape[1], bitorder="little")
-        return np.asarray(real.ravel()[self._order[layer]].view(bool))
-
     def facts(self) -> dict[str, float]:
         """Of layer 0 and the first rows so far: share of neurons that were active, and reuse between tokens."""
-        sets = np.unpackbits(np.stack(self._replayed), axis=1, count=self._order[0].size).astype(bool)
+        sets = np.unpackbits(np.stack(self._replayed), axis=1, count=self._replay.num_neurons).astype(bool)
         return {"active_share": float(sets.mean()), "reuse": reuse(sets[None])}
 
 
@@ -180,11 +210,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         ]
         run, num_bytes = sketch_pass(sketches, kernels), sum(s.num_bytes for s in sketches)
         calls = 2 if options.lookahead == "attention" else 1
-        made.append(
-            ReplayPredictor(
-                trace, config.num_hidden_layers, config.intermediate_size, run, num_bytes, calls, options.seed
-            )
-        )
+        replay = Replay(trace, config.num_hidden_layers, config.intermediate_size, options.seed)
+        made.append(ReplayPredictor(replay, run, num_bytes, calls))
         return made[0]
 
     wanted = LoadOptions(
@@ -220,6 +247,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--tokens", type=int, default=2304, help="of the held-out text, in one window")
     one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens, for the thresholds")
     one.add_argument("--cett", type=float, default=0.05)
+    one.add_argument("--active", type=float, help="share of the neurons to keep, in place of --cett")
     two = verbs.add_parser("bench", help="decode with the sets of a trace")
     two.add_argument("model", help="a packed model, of random weights for instance")
     two.add_argument("--trace", type=Path, required=True)
@@ -244,12 +272,14 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     calibration = tokens_of(tokenizer, "calibration.txt", options.calibration_windows, options.tokens)
-    trace = record(checkpoint, calibration, tokens_of(tokenizer, "heldout.txt", 1, options.tokens)[0], options.cett)
+    keep = at_cett(options.cett) if options.active is None else at_share(options.active)
+    trace = record(checkpoint, calibration, tokens_of(tokenizer, "heldout.txt", 1, options.tokens)[0], keep)
     trace.save(options.out)
     shares = [float(trace.active(i).mean()) for i in range(trace.bits.shape[0])]
     again = [reuse(trace.active(i)[None]) for i in range(trace.bits.shape[0])]
     facts = {"tokens": trace.num_tokens, "active_share": float(np.mean(shares)), "reuse": float(np.nanmean(again))}
-    print(json.dumps({"file_bytes": options.out.stat().st_size, "cett": options.cett} | facts))
+    kept = {"cett": options.cett} if options.active is None else {"active": options.active}
+    print(json.dumps({"file_bytes": options.out.stat().st_size} | kept | facts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.predictors import forward
-from benchmarks.traces import ROW_STEP, ReplayPredictor, Trace, bench, record
+from benchmarks.traces import ROW_STEP, Replay, ReplayPredictor, Trace, at_cett, at_share, bench, record
 from runtime.affinity import reuse
 from runtime.calibrate import LayerTail
 from runtime.checkpoint import open_checkpoint
@@ -49,7 +49,8 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
 def test_replay_is_the_real_layers_hottest_first() -> None:
     trace, active = make_trace()
     seen: list[tuple[int, int]] = []
-    replay = ReplayPredictor(trace, 5, 2 * NEURONS, lambda layer, x: seen.append((layer, x.shape[0])))
+    replayed = Replay(trace, 5, 2 * NEURONS)
+    replay = ReplayPredictor(replayed, lambda layer, x: seen.append((layer, x.shape[0])))
     counts = active.sum(axis=2)  # [L, T]
     pairs = [{int(counts[a, t] + counts[b, t]) for a in range(LAYERS) for b in range(LAYERS) if a != b} for t in (0, 1)]
     for token in (0, 1):
@@ -58,16 +59,19 @@ def test_replay_is_the_real_layers_hottest_first() -> None:
             assert mask.shape == (1, 2 * NEURONS) and mask.dtype == bool
             assert int(mask.sum()) in pairs[token]
     assert seen == [(layer, 1) for layer in range(5)] * 2
-    hot = np.mean([replay.active(0, t)[:NEURONS].sum() for t in range(TOKENS)])
-    cold = np.mean([replay.active(0, t)[NEURONS:].sum() for t in range(TOKENS)])
+    hot = np.mean([replayed.active(0, t)[:NEURONS].sum() for t in range(TOKENS)])
+    cold = np.mean([replayed.active(0, t)[NEURONS:].sum() for t in range(TOKENS)])
     assert hot > 1.5 * cold
-    with pytest.raises(ValueError, match="whole multiples of the trace's 24"):
-        ReplayPredictor(trace, 2, 25, nothing)
+    assert (np.diff(replayed.frequency(), axis=1) <= 0).all()
+    cut = Replay(trace, 5, 2 * NEURONS + 5)
+    share = np.mean([cut.active(layer, t).mean() for t in range(TOKENS) for layer in range(5)])
+    assert cut.active(0, 0).shape == cut.frequency()[0].shape == (2 * NEURONS + 5,)
+    assert share == pytest.approx(active.mean(), abs=0.06)
 
 
 def test_replay_keeps_reuse_and_steps_by_token() -> None:
     trace, active = make_trace(layers=1)
-    replay = ReplayPredictor(trace, 1, NEURONS, nothing)
+    replay = ReplayPredictor(Replay(trace, 1, NEURONS), nothing)
     x = np.zeros((2, 8), np.float32)
     masks = np.stack([replay.predict(0, x) for _ in range(TOKENS + 1)])  # [T + 1, 2, F]
     np.testing.assert_array_equal(masks[TOKENS], masks[0])  # and begins again
@@ -75,7 +79,7 @@ def test_replay_keeps_reuse_and_steps_by_token() -> None:
     assert replay.facts()["reuse"] == pytest.approx(reuse(masks[None, :, 0]))
     assert reuse(masks[None, :TOKENS, 0]) == pytest.approx(reuse(active[:1]))
     assert replay.facts()["active_share"] == pytest.approx(masks[:, 0].mean())
-    ahead = ReplayPredictor(trace, 1, NEURONS, nothing, calls_per_token=2)
+    ahead = ReplayPredictor(Replay(trace, 1, NEURONS), nothing, calls_per_token=2)
     twice = np.stack([ahead.predict(0, x) for _ in range(8)])
     np.testing.assert_array_equal(twice[::2], twice[1::2])
     np.testing.assert_array_equal(twice[::2], masks[:4])
@@ -87,7 +91,7 @@ def test_record_drops_what_the_cett_allows(tiny_relu2: TinyModel) -> None:
     vocab = checkpoint.config.vocab_size
     calibration, heldout = (torch.from_numpy(rng.integers(0, vocab, shape)) for shape in ((4, 64), (64,)))
     with torch.no_grad():
-        trace = record(checkpoint, calibration, heldout, 0.1)
+        trace = record(checkpoint, calibration, heldout, at_cett(0.1))
         layers = list(forward(checkpoint, torch.cat([calibration, heldout[None]])))
     for layer, (ffn, inputs) in enumerate(layers):
         h = DenseFFN("relu2", ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])
@@ -96,6 +100,14 @@ def test_record_drops_what_the_cett_allows(tiny_relu2: TinyModel) -> None:
         assert tail.cett(active) == pytest.approx(0.1, abs=0.05)  # other tokens than the threshold's
         assert float(tail.magnitude[active].min()) > float(tail.magnitude[~active].max()) * (1 - 1e-6)
         assert trace.frequency[layer].mean() == pytest.approx(float(active.float().mean()), abs=0.1)
+
+
+def test_record_keeps_the_share_that_is_asked_for(tiny_relu2: TinyModel) -> None:
+    checkpoint = open_checkpoint(tiny_relu2.checkpoint)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (5, 64)))
+    with torch.no_grad():
+        trace = record(checkpoint, tokens[:4], tokens[4], at_share(0.2))
+    assert trace.frequency.mean(axis=1) == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize("lookahead", ["none", "attention"])
