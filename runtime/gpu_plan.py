@@ -41,6 +41,7 @@ from runtime.plan import (
 )
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16)  # rows of a captured decode step
+NOT_HERE = "not here"  # name of a GPU that is only planned for
 PREFILL_ROWS = 2048  # of a step: the home is read once for all of them
 _SMALLEST_PREFILL_ROWS = 256
 _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pace
@@ -48,7 +49,7 @@ _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pac
 _MIB = 1 << 20
 _SHARE = 4  # one part in so many of what is left may go to each of: longer context, staging, rows, more sequences
 _CONTEXT_BYTES = 768 * _MIB  # context, loaded kernels and library workspaces; what a torch process holds beside tensors
-_CUDA_HOST_BYTES = 1024 * _MIB  # of main memory: CUDA's libraries and its side of the context
+_CUDA_HOST_BYTES = 1024 * _MIB  # of main memory: CUDA's libraries and its side of the context, wherever measured
 _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private pool rounds up
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
 _TABLE_BYTES = 32  # a neuron: slot 4, counters 16, threshold and norm 8, id list and its scores shared between layers
@@ -74,7 +75,7 @@ class DeviceMemory:
     @classmethod
     def assumed(cls, budget_bytes: int) -> DeviceMemory:
         """A GPU that is not here and has just what a budget says."""
-        return cls("not here", budget_bytes, max(0, budget_bytes - _CONTEXT_BYTES))
+        return cls(NOT_HERE, budget_bytes, max(0, budget_bytes - _CONTEXT_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

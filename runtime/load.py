@@ -29,6 +29,9 @@ from runtime.engine import Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.forecast import Forecast, ReadTerms, forecast
 from runtime.gates import read_gates
+from runtime.gpu_forecast import GpuForecast, gpu_forecast
+from runtime.gpu_machine import gpu_memory, measure_gpu
+from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
 from runtime.kernels import Kernels, select
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.layers import load_layer
@@ -150,7 +153,7 @@ def find_or_pack(model: str, progress: Progress) -> Packed:
     return open_packed(target)
 
 
-def open_plan(model: str, options: PlanOptions) -> Plan:
+def open_plan(model: str, options: PlanOptions) -> Plan | GpuPlan:
     """The plan of a packed model or of a checkpoint, from headers only. Raises BudgetError, FormatError."""
     path = Path(model)
     if is_packed(path):
@@ -163,17 +166,38 @@ def open_plan(model: str, options: PlanOptions) -> Plan:
         config = checkpoint.config
         layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, checkpoint))
         options, sketches = replace(options, mode="sparse" if options.mode == "auto" else options.mode), None
-    return make_plan(config, layout, options, detect_memory(), process_bytes(), sketches)
+    device = planned_device(options)
+    if device is None:
+        return make_plan(config, layout, options, detect_memory(), process_bytes(), sketches)
+    return make_gpu_plan(config, layout, options, detect_memory(), device, process_bytes(), sketches)
 
 
-def open_forecast(model: str, plan: Plan, options: PlanOptions) -> Forecast | None:
-    """What `plan` should decode at on this machine, which is measured; None for a model that is not packed.
+def planned_device(options: PlanOptions) -> DeviceMemory | None:
+    """The GPU that is here, else one that has just --gpu-memory; None: the CPU computes. Raises UnsupportedError."""
+    if options.device == "cpu":
+        if options.gpu_memory_bytes is not None:
+            raise UnsupportedError("--gpu-memory has no meaning with --device cpu")
+        return None
+    found = gpu_memory()
+    if found is None and options.gpu_memory_bytes is not None:
+        return DeviceMemory.assumed(options.gpu_memory_bytes)
+    if found is None and options.device == "cuda":
+        raise UnsupportedError("--device cuda: no GPU is here; say --gpu-memory to plan for one elsewhere")
+    return found
 
-    Also measures the disk where that has not been done, and takes 64 MiB for a moment. Raises FormatError, ReadError.
+
+def open_forecast(model: str, plan: Plan | GpuPlan, options: PlanOptions) -> Forecast | GpuForecast | None:
+    """What `plan` should decode at on this machine, which is measured; None for a model that is not packed, or a GPU
+    that is not here.
+
+    Also measures the disk where that has not been done, and takes 64 MiB for a moment; of a GPU, see `measure_gpu`.
+    Raises FormatError, ReadError.
     """
     if not is_packed(Path(model)):
         return None
     packed = open_packed(Path(model))
+    if isinstance(plan, GpuPlan):
+        return _gpu_forecast(packed, plan, options)
     path = packed.bundles.path
     curve, way = device_curve(path), reader_info(path)
     kernels = select()
@@ -184,6 +208,16 @@ def open_forecast(model: str, plan: Plan, options: PlanOptions) -> Forecast | No
     machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
     return forecast(packed.bundles, _slots(plan, sparse), frequency, plan.multiplied_bytes, terms, machine, dense)
+
+
+def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuForecast | None:
+    if gpu_memory() is None:
+        return None
+    profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
+    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, select()) if plan.mode == "sparse" else None
+    frequency, stride = _needs(profile, sparse, plan.mode), packed.bundles.layout.stride
+    dense, slots = plan.mode == "dense", _slots(plan, sparse)
+    return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense)
 
 
 def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredictor | None = None) -> Loaded:
@@ -315,7 +349,7 @@ def _cache(
     return cache
 
 
-def _slots(plan: Plan, sparse: Sparse | None) -> Sequence[int]:
+def _slots(plan: Plan | GpuPlan, sparse: Sparse | None) -> Sequence[int]:
     """Of each layer, as many in all as planned."""
     if sparse is None:
         return plan.slots_per_layer

@@ -99,6 +99,7 @@ class PlanOptions:
 
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
+    device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # of resident matrices and KV: auto, bf16, fp32
     mode: str = "sparse"
     cett: float | None = None  # of a packed model; None: its own
@@ -293,11 +294,12 @@ class ModelSizes:
         """Of a sparse layer, largest first: those that thresholds were calibrated for."""
         return tuple(reversed(pinned_sizes(self.config.intermediate_size))) if self.options.mode == "sparse" else (0,)
 
-    def process(self, measured_bytes: int, growth_bytes: int = _GROWTH_BYTES) -> dict[str, int]:
-        """Of a process that was measured after its imports, "use.what" -> bytes."""
+    def process(self, measured_bytes: int, extra: int = 0) -> dict[str, int]:
+        """Of a process that was measured after its imports, "use.what" -> bytes. `extra`: what it comes to
+        beyond a server without a model."""
         return {
             "process.measured": measured_bytes,
-            "process.growth": max(growth_bytes, _PROCESS_BYTES - measured_bytes),
+            "process.growth": max(_GROWTH_BYTES, _PROCESS_BYTES + extra - measured_bytes),
             "process.tokenizer": self.config.vocab_size * _TOKENIZER_BYTES,
         }
 

@@ -184,11 +184,11 @@ def plan(
     model: OptionalModel = None,
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    device: DeviceOpt = None,
     as_json: AsJson = None,
 ) -> None:
     """Say what a model takes, tier by tier, and the smallest budget that works, before anything is loaded."""
     settings = read_settings(ctx.params)
-    refuse_unsupported(settings)
     name, settings = resolve_model(settings)
     from runtime.load import open_forecast, open_plan
 
@@ -199,7 +199,7 @@ def plan(
         typer.echo(json.dumps(found.to_json() | {"expected": None if expected is None else expected.to_json()}))
         return
     Console().print(plan_table(found))
-    Console().print(forecast_line(expected))
+    Console().print(forecast_line(expected, found))
 
 
 @app.command()

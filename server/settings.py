@@ -212,6 +212,7 @@ def plan_options(settings: Settings) -> PlanOptions:
     return PlanOptions(
         memory_bytes=settings.memory,
         gpu_memory_bytes=settings.gpu_memory,
+        device=settings.device,
         dtype=settings.dtype,
         mode=settings.mode,
         cett=settings.cett,

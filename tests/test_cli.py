@@ -45,7 +45,7 @@ def coldstream(*args: str, **variables: str) -> subprocess.CompletedProcess[str]
 
 COMMANDS = {
     "prepare": ["--out", "--calibration", "--cett", "--max-ppl-increase", "--bundles", "--standalone"],
-    "plan": ["--memory", "--gpu-memory", "--json"],
+    "plan": ["--memory", "--gpu-memory", "--device", "--json"],
     "serve": [
         *("--host", "--port", "--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett"),
         *("--ffn-cache", "--max-model-len", "--max-num-seqs", "--api-key", "--served-model-name", "--drain-timeout"),
@@ -202,7 +202,7 @@ def test_options_reach_the_runtime() -> None:
     [
         (["serve", "--device", "cuda"], 1, "--device cuda"),
         (["bench", "m", "--gpu-memory", "1GiB"], 1, "--gpu-memory"),
-        (["plan", "--gpu-memory", "1GiB"], 1, "--gpu-memory"),
+        (["plan", "--gpu-memory", "1MiB"], 1, "the smallest that works is --gpu-memory"),
         (["serve", "--memory", "lots"], 2, "--memory"),
         (["serve", "--mode", "fast"], 2, "--mode"),
         (["prepare"], 2, "MODEL is missing"),
@@ -243,6 +243,30 @@ def test_plan_shows_a_table(tiny_llama: Any) -> None:
     assert done.exit_code == 0, done.stderr
     for word in ("process", "resident", "slots", "disk", "900"):
         assert word in done.stdout
+
+
+def test_plan_of_a_gpu_has_both_tiers(tiny_llama: Any) -> None:
+    args = ["plan", str(tiny_llama.checkpoint), "--gpu-memory", "2GiB"]
+    done = CliRunner().invoke(app, [*args, "--json"])
+    assert done.exit_code == 0, done.stderr
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["gpu_budget_bytes"] == 2 << 30 and plan["expected"] is None
+    for tier, budget in (("gpu", plan["gpu_budget_bytes"]), ("cpu", plan["memory_budget_bytes"])):
+        assert sum(plan["tiers"][tier].values()) + plan["unused_bytes"][tier] == budget
+    shown = CliRunner().invoke(app, args)
+    for word in ("context", "staging", "home", "GPU 2GiB (--gpu-memory)", "not measured"):
+        assert word in shown.stdout
+
+
+def test_a_gpu_budget_and_the_cpu_are_not_both_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner().invoke(app, ["plan", "--gpu-memory", "2GiB", "--device", "cpu"])
+    assert done.exit_code == 1 and "--gpu-memory has no meaning with --device cpu" in done.stderr
+    monkeypatch.setenv("COLDSTREAM_DEVICE", "cuda")
+    from runtime.gpu_machine import gpu_memory
+
+    if gpu_memory() is None:
+        done = CliRunner().invoke(app, ["plan"])
+        assert done.exit_code == 1 and "--device cuda: no GPU is here" in done.stderr
 
 
 def test_a_budget_too_small_names_the_smallest(tiny_llama: Any) -> None:

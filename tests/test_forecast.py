@@ -11,15 +11,21 @@ from cache.bundle import BundleDtype, BundleLayout
 from cache.device_curve import ReadCost
 from cache.store import BundleFile
 from runtime.forecast import _CALLS, Machine, ReadTerms, forecast
+from runtime.gpu_forecast import GpuMachine, gpu_forecast
+from runtime.gpu_plan import DeviceMemory
 from runtime.kernels import select
 from runtime.machine import measure_machine
+from runtime.plan import PlanOptions
 from server.plan_table import forecast_line
+from tests.test_gpu_plan import plan as gpu_plan
+from tests.test_plan import plan
 
 LAYERS, NEURONS = 2, 400
 LAYOUT = BundleLayout.make(64, True, BundleDtype.FP32)
 FILE = BundleFile(Path("absent"), LAYOUT, NEURONS, (0, NEURONS * LAYOUT.stride))
 TERMS = ReadTerms(ReadCost(1e-4, 1e-5, 1e-9), 0, 512)
 MACHINE = Machine(1e9, 1e-6)
+GPU = GpuMachine(1e11, 1e9, 1e-6)
 
 
 def test_with_all_resident_only_computing_takes_time() -> None:
@@ -65,5 +71,25 @@ def test_the_machine_is_measured() -> None:
 
 def test_a_forecast_is_a_sentence() -> None:
     found = forecast(FILE, [20] * LAYERS, np.full((LAYERS, NEURONS), 0.2), 0, TERMS, MACHINE)
-    assert "tokens/s for one sequence" in forecast_line(found) and " requests: " in forecast_line(found)
-    assert "until the model is packed" in forecast_line(None)
+    cpu = plan()
+    assert "tokens/s for one sequence" in forecast_line(found, cpu) and " requests: " in forecast_line(found, cpu)
+    assert "until the model is packed" in forecast_line(None, cpu)
+    gpu = gpu_plan(options=PlanOptions(gpu_memory_bytes=8 << 30), device=DeviceMemory.assumed(8 << 30))
+    on_gpu = gpu_forecast(LAYOUT.stride, [20] * LAYERS, np.full((LAYERS, NEURONS), 0.2), 0, GPU)
+    assert "5% of its neurons on the GPU" in forecast_line(on_gpu, gpu) and "main memory" in forecast_line(on_gpu, gpu)
+    assert "the GPU is not here" in forecast_line(None, gpu)
+
+
+def test_on_a_gpu_bytes_are_read_with_what_their_place_gives() -> None:
+    """Half of each layer's hundred neurons are resident; of all, every second one is needed on average."""
+    frequency = np.tile(np.linspace(1, 0, 100), (LAYERS, 1))
+    found = gpu_forecast(1000, [50] * LAYERS, frequency, 500_000, GPU)
+    hot = float(frequency[:, :50].sum())
+    misses = float(frequency.sum()) - hot
+    assert found.read_bytes == pytest.approx(misses * 1000)
+    assert found.link_s == pytest.approx(misses * 1000 / 1e9)
+    assert found.compute_s == pytest.approx((500_000 + hot * 1000) / 1e11 + LAYERS * 14 * 1e-6)
+    assert 1 / found.tokens_per_s == pytest.approx(found.link_s + found.compute_s)
+    assert found.hit_share == pytest.approx(hot / frequency.sum())
+    dense = gpu_forecast(1000, [50] * LAYERS, frequency, 0, GPU, dense=True)
+    assert dense.read_bytes == LAYERS * 50 * 1000 and dense.hit_share == 0.5

@@ -1,0 +1,72 @@
+"""What GPU is here, and how fast it reads its own memory and main memory. Knows a driver and a clock, not models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from runtime.gpu_forecast import GpuMachine
+from runtime.gpu_plan import DeviceMemory
+
+_PROGRAMS_A_PROCESSOR = 8
+_RUNS = 5
+_RESIDENT_BYTES = 1 << 30  # many times the cache
+_PINNED_BYTES = 256 << 20
+_EMPTY_KERNELS = 200
+
+
+def gpu_memory() -> DeviceMemory | None:
+    """Of the first GPU; None where there is none that Triton's kernels run on. Makes the process's context."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return DeviceMemory(torch.cuda.get_device_name(), total, free)
+
+
+def measure_gpu(record_bytes: int) -> GpuMachine:
+    """Needs a GPU; takes about a second, 1 GiB of its memory and 256 MiB of main memory for that long."""
+    resident = torch.empty(_RESIDENT_BYTES // 4, dtype=torch.int32, device="cuda").random_()
+    pinned = torch.empty(_PINNED_BYTES // 4, dtype=torch.int32, pin_memory=True)
+    pinned.copy_(resident[: pinned.numel()])
+    return GpuMachine(
+        record_bandwidth(resident, record_bytes), record_bandwidth(pinned, record_bytes), kernel_seconds()
+    )
+
+
+def record_bandwidth(words: torch.Tensor, record_bytes: int) -> float:
+    """Bytes a second that a kernel reads of `words` int32, taken as records of so many bytes in random order."""
+    from runtime.kernels.triton_read import sum_records
+
+    width = record_bytes // 4
+    records = words[: words.numel() // width * width].view(-1, width)
+    ids = torch.randperm(records.shape[0], device="cuda", dtype=torch.int32)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    out = torch.empty(processors * _PROGRAMS_A_PROCESSOR, dtype=torch.int32, device="cuda")
+    return records.nbytes / seconds(lambda: sum_records(records, ids, out))
+
+
+def kernel_seconds() -> float:
+    """Of one of many small kernels in a replayed CUDA graph."""
+    small = torch.zeros(1024, device="cuda")
+    small.add_(1)  # loaded before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_EMPTY_KERNELS):
+            small.add_(1)
+    return seconds(graph.replay) / _EMPTY_KERNELS
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of a few runs on the device, the first one left out."""
+    run()
+    found: list[float] = []
+    for _ in range(_RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3)
+    return sorted(found)[_RUNS // 2]
