@@ -1,0 +1,168 @@
+"""The GPU tier against its ceilings, its peers and the CPU tier: the acceptance of the tier, in short runs.
+
+    python -m benchmarks.traces record RELU2 --tokens 640 --cett 0.05 --out .gpu/trace-relu2.npz          # here
+    python -m benchmarks.traces record RELU2 --tokens 320 --active 0.3333 --out .gpu/trace-third.npz
+    python -m benchmarks.gpu_parts split --out .gpu --work DIR
+    python3 -m benchmarks.gpu --out "$OUT" --commit HASH [--seconds 520] [--previous FILE]                # there
+
+Groups run in the order of their worth, each in a process of its own, so that one that breaks leaves the others a sound
+GPU. Every step is written to OUT/gpu.json at once; a run begins with what --previous holds (a file that an earlier run
+wrote) and measures what is missing, as far as --seconds go. The last line is one JSON object. Weights of the large
+shapes are random and made on the GPU, the sets that are computed come from traces (benchmarks/traces.py); floors are
+bytes that the run counted over bandwidths that it measured. Tables: benchmarks/gpu_table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.gpu_results import Figures, Results, say
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB_SIZE = 49152
+END_S = 3.0  # of --seconds: for the last line
+
+
+def ceilings_group(options: argparse.Namespace, results: Results) -> None:
+    from benchmarks.gpu_ceilings import ceilings
+
+    results.step("ceilings", ceilings)
+
+
+def accelerate_group(options: argparse.Namespace, results: Results) -> None:
+    from benchmarks.gpu_peers import accelerate_offload
+    from benchmarks.make_checkpoint import SHAPES
+
+    at_20 = results.read()["steps"].get("afm-4.5b decode 20 %")
+    if at_20 is None:
+        say("accelerate: the cap is that of our run at 20 %, which is missing")
+        return
+    shape, cap = SHAPES["afm-4.5b"], int(at_20["weight_bytes_on_gpu"])
+    results.step("accelerate", lambda: accelerate_offload(shape, VOCAB_SIZE, cap))
+
+
+def http_group(options: argparse.Namespace, results: Results) -> None:
+    from benchmarks.gpu_parts import NAMES, join
+    from benchmarks.gpu_serving import http
+
+    models = options.work / "models"
+    if missing := join(options.parts, models)["missing"]:
+        say(f"http: {missing} parts of the models are missing")
+        return
+    for name in NAMES:
+        results.step(f"http {name}", lambda name=name: http(models, name), options.deadline)  # type: ignore[misc]
+
+
+def tests_group(options: argparse.Namespace, results: Results) -> None:
+    results.step("tests", gpu_tests, options.deadline)
+
+
+def gpu_tests() -> Figures:
+    """`pytest -m gpu`, counted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout[-6000:], file=sys.stderr)
+    return {"command": " ".join(["python3", *command[1:]]), "exit_code": done.returncode, **counted(done.stdout)}
+
+
+def counted(output: str) -> Figures:
+    """What pytest's last line counts: "3 passed, 1 skipped, 400 deselected in 2.1s"."""
+    last = output.strip().splitlines()[-1].strip("= ") if output.strip() else ""
+    words = last.partition(" in ")[0].split(", ")
+    pairs = [word.split(" ") for word in words if word.split(" ")[0].isdigit()]
+    return {"passed": 0, "failed": 0, "skipped": 0} | {name: int(num) for num, name, *_ in pairs} | {"line": last}
+
+
+Group = Callable[[argparse.Namespace, Results], None]
+GROUPS: dict[str, tuple[Group, float]] = {  # by worth; seconds that a group needs at least
+    "ceilings": (ceilings_group, 15),
+    "accelerate": (accelerate_group, 25),
+    "http": (http_group, 60),
+    "tests": (tests_group, 30),
+}
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> Figures:
+    """All groups, as far as the time goes."""
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "gpu.json"
+    if options.previous is not None and options.previous.is_file() and not path.is_file():
+        shutil.copyfile(options.previous, path)
+    results = Results(path)
+    data = results.read()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    data["runs"].append({"started": now, "commit": options.commit, "machine": machine()})
+    results.write(data)
+    for name, (_, least_s) in GROUPS.items():
+        left = options.seconds - END_S - (time.monotonic() - started)
+        if options.only and name not in options.only:
+            continue
+        if left < least_s:
+            say(f"{name}: {left:.0f} s are left, {least_s:.0f} are needed")
+            continue
+        in_process_of_its_own(name, options, left)
+    data = results.read()
+    data["runs"][-1]["seconds"] = round(time.monotonic() - started, 1)
+    results.write(data)
+    return data
+
+
+def in_process_of_its_own(name: str, options: argparse.Namespace, seconds: float) -> None:
+    arguments = ["--group", name, "--seconds", f"{seconds:.0f}", "--out", options.out, "--work", options.work]
+    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments), "--parts", str(options.parts)]
+    begin = time.monotonic()
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+        say(f"{name}: exit code {code} after {time.monotonic() - begin:.1f} s")
+    except subprocess.TimeoutExpired:
+        say(f"{name}: cut after {seconds:.0f} s")
+
+
+def machine() -> Figures:
+    """The GPU and what computes on it, for people."""
+    import torch
+
+    found: Figures = {"python": sys.version.split()[0], "torch": torch.__version__}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+        found["processors"] = properties.multi_processor_count
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json")
+    parser.add_argument("--parts", type=Path, default=Path(".gpu"), help="folder of traces and models")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/gpu"), help="kept between runs where the machine is")
+    parser.add_argument("--seconds", type=float, default=520.0, help="that this run may take")
+    parser.add_argument("--previous", type=Path, help="gpu.json of an earlier run: what it holds is not measured again")
+    parser.add_argument("--commit", default="", help="that is measured; where there is no git")
+    parser.add_argument("--only", nargs="*", choices=GROUPS, default=[])
+    parser.add_argument("--group", choices=GROUPS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if options.group is not None:
+        options.deadline = time.monotonic() + options.seconds
+        GROUPS[options.group][0](options, Results(options.out / "gpu.json"))
+        return
+    print(json.dumps(run(options), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

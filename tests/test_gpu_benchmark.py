@@ -1,0 +1,95 @@
+"""What of benchmarks/gpu.py needs no GPU: results that survive failures, counting, metrics, models taken apart."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import counted
+from benchmarks.gpu_parts import join, write_parts, write_records
+from benchmarks.gpu_results import Results
+from benchmarks.gpu_serving import gpu_metrics
+from clients.scrape import Scrape
+from runtime.load import prepare
+from runtime.packed import BUNDLES, open_packed, sha256
+from tests.conftest import TinyModel
+
+
+def test_every_step_is_written_and_a_failure_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, calls = Results(tmp_path / "gpu.json"), []
+
+    def measure() -> dict[str, object]:
+        calls.append(1)
+        return {"x": 1}
+
+    def fail() -> dict[str, object]:
+        raise RuntimeError("no such kernel")
+
+    assert results.step("bad", fail) is None
+    assert "no such kernel" in capsys.readouterr().err
+    assert results.step("good", measure) is not None
+    assert results.step("late", measure, deadline_s=time.monotonic() - 1) is None
+    again = Results(tmp_path / "gpu.json")
+    assert again.has("good") and not again.has("late") and len(calls) == 1
+    found = again.step("good", measure)
+    assert found is not None and found["x"] == 1 and len(calls) == 1  # kept from the run before
+    assert again.step("bad", measure) is not None
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(data["steps"]) == {"good", "bad"} and data["errors"] == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "passed", "failed", "skipped"),
+    [
+        ("...\n3 passed, 400 deselected in 2.10s", 3, 0, 0),
+        ("==== 1 failed, 2 passed, 4 skipped in 2.10s ====", 2, 1, 4),
+        ("no tests ran in 0.10s", 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_pytest_is_counted(output: str, passed: int, failed: int, skipped: int) -> None:
+    found = counted(output)
+    assert (found["passed"], found["failed"], found["skipped"]) == (passed, failed, skipped)
+
+
+def test_metrics_of_the_gpu_tier_are_increases_that_never_fall() -> None:
+    def scrape(at_s: float, lookups: int) -> Scrape:
+        lines = [
+            f'coldstream_neuron_cache_lookups_total{{tier="gpu"}} {lookups}',
+            'coldstream_neuron_cache_lookups_total{tier="cpu"} 5',
+            f'coldstream_transfer_bytes_total{{src="cpu",dst="gpu"}} {lookups * 100}',
+            'coldstream_memory_budget_bytes{tier="gpu"} 1024',
+        ]
+        text = "# TYPE coldstream_neuron_cache_lookups counter\n# TYPE coldstream_transfer_bytes counter\n"
+        return Scrape.parse(text + "\n".join(lines) + "\n", at_s)
+
+    found = gpu_metrics([scrape(0, 10), scrape(1, 30), scrape(2, 70)])
+    assert (found["lookups"], found["transfer_bytes"], found["budget_bytes"], found["fell"]) == (60, 6000, 1024, 0)
+    assert gpu_metrics([scrape(0, 30), scrape(1, 10)])["fell"] == 1
+
+
+def test_parts_are_kept_until_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_parts.PART_BYTES", 10)
+    assert write_parts(b"0123456789abcdefghijXYZ", tmp_path / "out") == 3
+    assert (tmp_path / "out" / "2").is_dir()
+    for part in (1, 2):
+        (tmp_path / "came").mkdir(exist_ok=True)
+        (tmp_path / "out" / str(part)).rename(tmp_path / "came" / str(part))
+    assert join(tmp_path / "came", tmp_path / "work") == {"missing": 1}
+    assert join(tmp_path / "absent", tmp_path / "work") == {"missing": 1}
+
+
+def test_records_written_anew_are_those_that_were_packed(tiny_relu2: TinyModel, tmp_path: Path) -> None:
+    packed = prepare(
+        str(tiny_relu2.checkpoint), tmp_path / "packed", tiny_relu2.text, None, "auto", False, lambda w, s: None
+    )
+    digest, moved = sha256(packed / BUNDLES), tmp_path / "moved"
+    (packed / BUNDLES).unlink()
+    moved.symlink_to(tiny_relu2.checkpoint)
+    write_records(packed, moved, digest)
+    assert open_packed(packed).source.path == str(moved)
+    with pytest.raises(SystemExit, match="not those that were packed"):
+        write_records(packed, moved, "0" * 64)
