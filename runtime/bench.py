@@ -61,7 +61,7 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
         "tokens": tokens,
         "text": text.name,
         "ffn_bytes": loaded.packed.bundles.layer_bytes * loaded.packed.bundles.num_layers,
-        "slot_bytes": moved.tiers["cpu"].capacity_bytes or loaded.cache.snapshot().tiers["cpu"].capacity_bytes,
+        "slot_bytes": loaded.cache.snapshot().tiers[fastest(moved)].capacity_bytes,
         **{
             k: loaded.info[k]
             for k in ("mode", "cett", "device", "kernel", "io_engine", "dtype", "bundles", "predictor")
@@ -69,15 +69,22 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
     }
 
 
+def fastest(cache: CacheSnapshot) -> str:
+    """The tier that computes: gpu where there is one, else cpu."""
+    return "gpu" if "gpu" in cache.tiers else "cpu"
+
+
 def _account(moved: CacheSnapshot, tokens: int, io_before: int) -> dict[str, float]:
-    tier, disk = moved.tiers["cpu"], moved.transfers["disk", "cpu"]
+    """Of the fastest tier, and of what came into it from below."""
+    name = fastest(moved)
+    tier, came = moved.tiers[name], [t for (_, into), t in moved.transfers.items() if into == name]
     return {
         "hits": tier.hits,
         "lookups": tier.lookups,
-        "bytes_read_per_token": disk.bytes / tokens,
-        "needed_bytes_per_token": disk.needed_bytes / tokens,
-        "requests_per_token": disk.requests / tokens,
-        "stall_s_per_token": disk.stall_seconds / tokens,
+        "bytes_read_per_token": sum(t.bytes for t in came) / tokens,
+        "needed_bytes_per_token": sum(t.needed_bytes for t in came) / tokens,
+        "requests_per_token": sum(t.requests for t in came) / tokens,
+        "stall_s_per_token": sum(t.stall_seconds for t in came) / tokens,
         "kernel_bytes_read_per_token": (process_read_bytes() - io_before) / tokens,
     }
 

@@ -6,16 +6,20 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu import counted
+from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
 from benchmarks.gpu_parts import join, write_parts, write_records
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import gpu_metrics
+from benchmarks.traces import ROW_STEP, Replay
 from clients.scrape import Scrape
 from runtime.load import prepare
 from runtime.packed import BUNDLES, open_packed, sha256
 from tests.conftest import TinyModel
+from tests.test_traces import NEURONS, TOKENS, make_trace
 
 
 def test_every_step_is_written_and_a_failure_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,3 +97,25 @@ def test_records_written_anew_are_those_that_were_packed(tiny_relu2: TinyModel, 
     assert open_packed(packed).source.path == str(moved)
     with pytest.raises(SystemExit, match="not those that were packed"):
         write_records(packed, moved, "0" * 64)
+
+
+def test_a_floor_is_bytes_over_the_nearest_records_bandwidth() -> None:
+    ceilings = {
+        "zero_copy_bytes_per_s": {"4096": 10.0, "10304": 50.0},
+        "read_bytes_per_s": {"4096": 100.0, "10304": 1000.0},
+    }
+    found = Bandwidths.of(ceilings, 10248)
+    assert (found.zero_copy, found.read) == (50.0, 1000.0)
+    assert floor_s(100, 3000, found) == 5.0
+
+
+def test_reference_misses_by_hand() -> None:
+    """Without slots everything misses, with all nothing; a batch's union counts once."""
+    trace, active = make_trace(layers=1)
+    replay = Replay(trace, 1, NEURONS)
+    assert reference_misses(replay, [0], 5, 10) == active[0, 5:15].sum() / 10
+    assert reference_misses(replay, [NEURONS], 5, 10) == 0
+    some = reference_misses(replay, [NEURONS // 2], 5, 10)
+    assert 0 < some < active[0, 5:15].sum() / 10
+    both = [np.flatnonzero(active[0, t] | active[0, (t + ROW_STEP) % TOKENS]).size for t in range(10)]
+    assert reference_misses(replay, [0], 0, 10, rows=2) == sum(both) / 10

@@ -1,0 +1,131 @@
+"""The README's block on the GPU tier, from what benchmarks/gpu.py measured. Measures nothing.
+
+    python -m benchmarks.gpu_table benchmarks/results/gpu.json [--readme README.md]
+
+What was not measured has no row. Bytes and bandwidths are in powers of 1000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.gpu_results import Figures
+from benchmarks.readme import block, replace_block
+
+BLOCK = "gpu"  # of the README
+SHAPES = {"afm-4.5b": "AFM-4.5B, ReLU²", "llama-7b": "Llama-7B, ReGLU"}
+RESIDENCIES = (10, 20, 40, 100)
+
+
+def table(data: Figures) -> str:
+    """Markdown: decode by residency, then what stands beside it, then where it was measured."""
+    steps = data["steps"]
+    parts = ["\n".join(decode_rows(steps)), "\n".join(f"* {line}" for line in beside(steps)), footnote(data)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def decode_rows(steps: Figures) -> Iterator[str]:
+    found = [(s, p, steps[f"{s} decode {p} %"]) for s in SHAPES for p in RESIDENCIES if f"{s} decode {p} %" in steps]
+    if not found:
+        return
+    yield "| shape | FFN on the GPU | active | tokens/s | over its floor | misses, of the reference's | of the link |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for shape, percent, f in found:
+        misses = "" if f["reference_misses_per_step"] == 0 else f"{f['misses_over_reference']:.2f}"
+        link = "" if f["missed_bytes_per_step"] == 0 else f"{f['link_share']:.0%}"
+        yield (
+            f"| {SHAPES[shape]} | {percent} % | {f['active_share']:.1%} | {f['tokens_per_s']:.0f} | "
+            f"{f['over_floor']:.2f}x | {misses} | {link} |"
+        )
+
+
+def beside(steps: Figures) -> Iterator[str]:
+    """What the decode rows are to be held against, a sentence each."""
+    yield from _peers(steps)
+    yield from _dense(steps)
+    yield from _batches(steps)
+    if (p := steps.get("afm-4.5b prefill")) is not None:
+        larger = max(p["stream_s"], p["gemm_s"])
+        yield (
+            f"Prefill of {p['rows']} tokens: {p['seconds'] * 1e3:.0f} ms, where the link alone takes "
+            f"{p['stream_s'] * 1e3:.0f} ms and the products alone {p['gemm_s'] * 1e3:.0f} ms: "
+            f"{larger / p['seconds']:.0%} of the larger."
+        )
+    yield from _served(steps)
+    if (t := steps.get("tests")) is not None:
+        yield f"`pytest -m gpu`: {t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped."
+
+
+def _peers(steps: Figures) -> Iterator[str]:
+    ours = steps.get("afm-4.5b decode 20 %")
+    if ours is None:
+        return
+    for name, what in (
+        ("afm-4.5b streaming 20 %", "our own streaming of whole layers from pinned memory"),
+        ("accelerate", "`accelerate` CPU offload with transformers"),
+    ):
+        if name in steps:
+            speed = steps[name]["tokens_per_s"]
+            slower = ours["tokens_per_s"] / speed
+            yield f"Under the cap of the 20 % row: {what} {speed:.3g} tokens/s, {slower:.1f}x slower."
+
+
+def _dense(steps: Figures) -> Iterator[str]:
+    if (d := steps.get("afm-4.5b dense 100 %")) is None:
+        return
+    sparse = steps.get("afm-4.5b decode 100 %")
+    against = "" if sparse is None else f"; sparse {sparse['tokens_per_s']:.0f}"
+    yield (
+        f"Everything resident: our dense CUDA graph {d['tokens_per_s']:.0f} tokens/s, {d['share_of_bound']:.0%} of "
+        f"what the bandwidth allows{against}."
+    )
+
+
+def _batches(steps: Figures) -> Iterator[str]:
+    rows = [(1, steps.get("afm-4.5b decode 20 %")), *((b, steps.get(f"afm-4.5b batch {b}")) for b in (4, 16))]
+    known = [(b, f) for b, f in rows if f is not None]
+    if len(known) > 1:
+        each = (f"{b}: {f['tokens_per_s']:.0f} ({f['missed_bytes_per_step'] / b / 1e6:.0f} MB)" for b, f in known)
+        yield f"Batches at 20 %, tokens/s in all (bytes over the link a token): {', '.join(each)}."
+
+
+def _served(steps: Figures) -> Iterator[str]:
+    for name, title in (("swiglu", "SwiGLU"), ("relu2", "ReLU²")):
+        if (h := steps.get(f"http {name}")) is not None:
+            yield (
+                f"SmolLM2-135M, {title}, over HTTP with 20 % of its FFN on the GPU: {h['texts_equal']} of {h['texts']} "
+                f"greedy texts as on the CPU; {h['load']['tokens_per_s']:.0f} tokens/s for "
+                f"{h['load']['concurrency']} at once, metrics scraped {h['metrics']['scrapes']} times meanwhile."
+            )
+
+
+def footnote(data: Figures) -> str:
+    """Machine, day, commit and ceilings."""
+    last, ceilings = data["runs"][-1], data["steps"].get("ceilings")
+    found = f"{last['machine'].get('gpu', 'GPU')}, {last['started'][:10]}, commit `{last['commit'][:12]}`"
+    if ceilings is not None:
+        zero = max(ceilings["zero_copy_bytes_per_s"].values())
+        found += (
+            f"; measured in the run: pinned copy {ceilings['pinned_copy_bytes_per_s'] / 1e9:.1f} GB/s, kernels reading "
+            f"main memory {zero / 1e9:.1f}, GPU memory {max(ceilings['read_bytes_per_s'].values()) / 1e9:.0f}"
+        )
+    what = "Floor: bytes missed and bytes resident over those bandwidths"
+    return f"{found}. {what}. Written by `python -m benchmarks.gpu_table`."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="gpu.json")
+    parser.add_argument("--readme", type=Path, help="file whose block between the markers is replaced")
+    options = parser.parse_args()
+    text = table(json.loads(options.results.read_text(encoding="utf-8")))
+    if options.readme is not None:
+        replace_block(options.readme, BLOCK, text)
+    print(block(BLOCK, text))
+
+
+if __name__ == "__main__":
+    main()
