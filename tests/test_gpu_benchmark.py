@@ -14,6 +14,7 @@ from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
 from benchmarks.gpu_parts import join, write_parts, write_records
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import gpu_metrics
+from benchmarks.rerank import compare
 from benchmarks.traces import ROW_STEP, Replay
 from clients.scrape import Scrape
 from runtime.load import prepare
@@ -119,3 +120,11 @@ def test_reference_misses_by_hand() -> None:
     assert 0 < some < active[0, 5:15].sum() / 10
     both = [np.flatnonzero(active[0, t] | active[0, (t + ROW_STEP) % TOKENS]).size for t in range(10)]
     assert reference_misses(replay, [0], 0, 10, rows=2) == sum(both) / 10
+
+
+def test_ranking_anew_at_every_token_is_the_reference_and_seldom_swaps_less() -> None:
+    trace, _ = make_trace(layers=1)
+    replay = Replay(trace, 1, NEURONS)
+    found = compare(replay, 0.5, [0], 200)
+    assert found["every 1"] == 1.0
+    assert found["swapped at 64"] < found["swapped at 8"] < found["swapped at 1"]
