@@ -146,6 +146,13 @@ class Replay:
         real = np.unpackbits(bits, axis=1, count=self.trace.frequency.shape[1], bitorder="little")
         return np.asarray(real.ravel()[self._order[layer]].view(bool))
 
+    def sets(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """bool [T, F] of all tokens, made on the device."""
+        bits = torch.from_numpy(self.trace.bits[self._parts[layer]]).to(device)  # [parts, T, bytes]
+        real = (bits[..., None] >> torch.arange(8, device=device, dtype=torch.uint8)) & 1
+        whole = real.flatten(2)[..., : self.trace.frequency.shape[1]].transpose(0, 1).flatten(1)  # [T, parts * real]
+        return whole[:, torch.from_numpy(self._order[layer]).to(device)].bool()
+
     def frequency(self) -> np.ndarray:
         """float32 [L, F]: share of tokens of another text that need a neuron."""
         return np.stack([self.trace.frequency[p].ravel()[o] for p, o in zip(self._parts, self._order, strict=True)])

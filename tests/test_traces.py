@@ -67,6 +67,10 @@ def test_replay_is_the_real_layers_hottest_first() -> None:
     share = np.mean([cut.active(layer, t).mean() for t in range(TOKENS) for layer in range(5)])
     assert cut.active(0, 0).shape == cut.frequency()[0].shape == (2 * NEURONS + 5,)
     assert share == pytest.approx(active.mean(), abs=0.06)
+    sets = cut.sets(3)
+    assert sets.shape == (TOKENS, 2 * NEURONS + 5)
+    for token in (0, 7, TOKENS - 1):
+        np.testing.assert_array_equal(sets[token].numpy(), cut.active(3, token))
 
 
 def test_replay_keeps_reuse_and_steps_by_token() -> None:

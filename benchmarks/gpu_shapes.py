@@ -1,0 +1,57 @@
+"""A model of a large shape with random weights, made on the GPU in seconds: no checkpoint, no packing.
+
+Shapes: L layers, F neurons, D hidden, V tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from benchmarks.make_checkpoint import Shape, config_json
+from cache.bundle import BundleLayout
+from runtime.config import ModelConfig
+from runtime.model import LayerWeights, ModelWeights
+
+
+def model_config(shape: Shape, vocab_size: int) -> ModelConfig:
+    return ModelConfig.from_hf(config_json(shape, vocab_size, 1, 2))
+
+
+def fill_records(records: torch.Tensor, layout: BundleLayout, seed: int) -> None:
+    """Random bf16 vectors into uint8 records [F, stride] in main memory; what is beside the vectors is zero.
+
+    Made on the GPU a slice at a time; std 1 / sqrt(D), so that activations stay finite.
+    """
+    generator = torch.Generator("cuda").manual_seed(seed)
+    width, step = len(layout.vectors) * layout.hidden_size, max(1, (256 << 20) // layout.stride)
+    for first in range(0, records.shape[0], step):
+        part = records[first : first + step]
+        made = torch.zeros(part.shape, dtype=torch.uint8, device="cuda")
+        values = torch.randn(part.shape[0], width, generator=generator, device="cuda") * layout.hidden_size**-0.5
+        made[:, : 2 * width] = values.to(torch.bfloat16).view(torch.uint8)
+        part.copy_(made)
+
+
+def random_weights(shape: Shape, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> ModelWeights:
+    """All but the FFN, on the GPU."""
+    hidden, q = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    kv = shape.num_key_value_heads * shape.head_dim
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, device="cuda") / math.sqrt(columns)).to(dtype)
+
+    layers = tuple(
+        LayerWeights(
+            torch.ones(hidden, device="cuda"),
+            matrix(q, hidden),
+            matrix(kv, hidden),
+            matrix(kv, hidden),
+            matrix(hidden, q),
+            torch.ones(hidden, device="cuda"),
+        )
+        for _ in range(shape.num_hidden_layers)
+    )
+    embed, head = matrix(vocab_size, hidden), matrix(vocab_size, hidden)
+    return ModelWeights(embed, layers, torch.ones(hidden, device="cuda"), head)
