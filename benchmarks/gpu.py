@@ -39,13 +39,11 @@ def ceilings_group(options: argparse.Namespace, results: Results) -> None:
 
 def accelerate_group(options: argparse.Namespace, results: Results) -> None:
     from benchmarks.gpu_peers import accelerate_offload
+    from benchmarks.gpu_shapes import shape_plan, weight_cap
     from benchmarks.make_checkpoint import SHAPES
 
-    at_20 = results.read()["steps"].get("afm-4.5b decode 20 %")
-    if at_20 is None:
-        say("accelerate: the cap is that of our run at 20 %, which is missing")
-        return
-    shape, cap = SHAPES["afm-4.5b"], int(at_20["weight_bytes_on_gpu"])
+    shape = SHAPES["afm-4.5b"]
+    cap = weight_cap(shape_plan(shape, VOCAB_SIZE, 20))
     results.step("accelerate", lambda: accelerate_offload(shape, VOCAB_SIZE, cap))
 
 

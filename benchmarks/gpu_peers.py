@@ -39,30 +39,29 @@ def accelerate_offload(shape: Shape, vocab_size: int, gpu_bytes: int) -> Figures
     }
 
 
-def random_model(shape: Shape, vocab_size: int) -> tuple[Any, Any]:
-    """In main memory, bf16, made on the GPU a tensor at a time."""
+def random_model(shape: Shape, vocab_size: int, device: str = "cuda") -> tuple[Any, Any]:
+    """In main memory, bf16, made on the device a tensor at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = config_json(shape, vocab_size, 1, 2)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        parameter.copy_(torch.randn(parameter.shape, dtype=torch.bfloat16, device="cuda") * shape.hidden_size**-0.5)
+        parameter.copy_(torch.randn(parameter.shape, dtype=torch.bfloat16, device=device) * shape.hidden_size**-0.5)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were made without numbers
     return model.eval(), config
 
 
-def decode_times(model: Any, vocab_size: int) -> list[float]:
-    """Seconds of each of TOKENS steps after a short prompt."""
-    ids = torch.randint(0, vocab_size, (1, PROMPT_TOKENS), device="cuda")
+def decode_times(model: Any, vocab_size: int, device: str = "cuda") -> list[float]:
+    """Seconds of each of TOKENS steps after a short prompt; reading the chosen token waits for the device."""
+    ids = torch.randint(0, vocab_size, (1, PROMPT_TOKENS), device=device)
     out, times = model(ids, use_cache=True), []
+    next_id = int(out.logits[0, -1].argmax())
     for _ in range(TOKENS):
-        torch.cuda.synchronize()
         begin = time.perf_counter()
-        next_id = out.logits[:, -1:].argmax(-1).to("cuda")
-        out = model(next_id, past_key_values=out.past_key_values, use_cache=True)
-        torch.cuda.synchronize()
+        out = model(torch.tensor([[next_id]], device=device), past_key_values=out.past_key_values, use_cache=True)
+        next_id = int(out.logits[0, -1].argmax())
         times.append(time.perf_counter() - begin)
     return times

@@ -10,9 +10,32 @@ import math
 import torch
 
 from benchmarks.make_checkpoint import Shape, config_json
-from cache.bundle import BundleLayout
+from cache.budget import HostMemory
+from cache.bundle import BundleDtype, BundleLayout
 from runtime.config import ModelConfig
+from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
 from runtime.model import LayerWeights, ModelWeights
+from runtime.plan import FfnCache, PlanOptions
+
+MAX_MODEL_LEN = 2304  # a prefill of 2,048 tokens, and some decode
+_HOST = HostMemory(1 << 40, 1 << 40, None, "MemAvailable")
+_CARD = DeviceMemory("GPU", 1 << 40, 1 << 40)
+
+
+def shape_plan(shape: Shape, vocab_size: int, percent: float, mode: str = "sparse", num_seqs: int = 1) -> GpuPlan:
+    """Of a random model with so much of its FFN on the GPU: what the plan uses is the cap for whoever is beside it."""
+    config = model_config(shape, vocab_size)
+    options = PlanOptions(
+        dtype="bf16", mode=mode, ffn_cache=FfnCache(percent=percent), max_model_len=MAX_MODEL_LEN, max_num_seqs=num_seqs
+    )
+    layout = BundleLayout.make(config.hidden_size, config.gated, BundleDtype.BF16)
+    return make_gpu_plan(config, layout, options, _HOST, _CARD, 0)
+
+
+def weight_cap(plan: GpuPlan) -> int:
+    """Bytes that a plan uses on the GPU, the context aside, which everybody has."""
+    uses = plan.uses()["gpu"]
+    return sum(uses.values()) - uses["context"]
 
 
 def model_config(shape: Shape, vocab_size: int) -> ModelConfig:

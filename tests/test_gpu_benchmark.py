@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.gpu import counted
 from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
 from benchmarks.gpu_parts import join, write_parts, write_records
+from benchmarks.gpu_peers import decode_times, random_model
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_serving import gpu_metrics
+from benchmarks.gpu_shapes import shape_plan, weight_cap
+from benchmarks.make_checkpoint import SHAPES
 from benchmarks.rerank import compare
 from benchmarks.traces import ROW_STEP, Replay
 from clients.scrape import Scrape
@@ -128,3 +132,18 @@ def test_ranking_anew_at_every_token_is_the_reference_and_seldom_swaps_less() ->
     found = compare(replay, 0.5, [0], 200)
     assert found["every 1"] == 1.0
     assert found["swapped at 64"] < found["swapped at 8"] < found["swapped at 1"]
+
+
+@torch.no_grad()
+def test_the_peers_model_decodes_finite_numbers() -> None:
+    model, config = random_model(SHAPES["tiny"], 320, device="cpu")
+    assert config.num_hidden_layers == 2 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits.float()).all()
+    assert len(decode_times(model, 320, device="cpu")) == 5
+
+
+def test_a_cap_grows_by_the_slots_that_a_shape_keeps() -> None:
+    plans = {percent: shape_plan(SHAPES["afm-4.5b"], 49152, percent) for percent in (0, 20)}
+    grown = weight_cap(plans[20]) - weight_cap(plans[0])
+    predictors = plans[20].gpu_details["predictor.weights"] - plans[0].gpu_details["predictor.weights"]
+    assert grown == plans[20].slab_bytes + predictors and plans[20].prefill_chunk == 2048
