@@ -1,4 +1,4 @@
-# make serve | test | check | bench | soak | install | clean. Each makes .venv when it is missing; nothing is installed outside of it.
+# make serve | test | check | bench | bench-disk | soak | install | clean. Each makes .venv when it is missing; nothing is installed outside of it.
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -6,6 +6,7 @@ MODEL ?=
 PROMPT_TOKENS ?= 128
 TOKENS ?= 128
 MINUTES ?= 20
+DISK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ NATIVE := $(wildcard cache/native/*.cpp cache/native/*.h runtime/kernels/cpu/*.c
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
 .DEFAULT_GOAL := serve
-.PHONY: install serve test check bench soak clean
+.PHONY: install serve test check bench bench-disk soak clean
 
 install: $(STAMP)
 
@@ -33,6 +34,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/coldstream bench $(MODEL) --prompt-tokens $(PROMPT_TOKENS) --tokens $(TOKENS) --json
+
+bench-disk: $(STAMP)
+	$(BIN)/python -m benchmarks.disk $(DISK)
 
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)

@@ -1,6 +1,7 @@
 """Active sets of a real model on real text, recorded, and forced on a model of a large shape with random weights.
 
     python -m benchmarks.traces record MODEL --out FILE [--tokens 2304] [--cett 0.05 | --active 0.333]
+    python -m benchmarks.traces record PACKED --out FILE [--tokens 2304] [--cett 0.05]
     python -m benchmarks.traces bench PACKED --trace FILE [--memory 3GiB] [--prompt-tokens 512] [--tokens 256]
 
 Random weights have no skew, no reuse and no co-activation, and their text loops; so what is read and computed for each
@@ -8,8 +9,10 @@ token is decided by a trace of a real ReLU² model instead: every layer of F neu
 one, drawn anew for each layer, side by side (where F is no multiple, the last one in part). Which of them is drawn
 never changes within a run, so that reuse between tokens, the sizes of the sets and which neurons go together are the
 real ones. `--active` records the neurons of largest output in place of those that a CETT keeps: as many as another
-activation keeps, a third for ReGLU. Neurons are numbered by their frequency
-on the calibration text, the hottest first, as in a packed model. The predictor's pass is run at its real size, on
+activation keeps, a third for ReGLU. Of a packed model, what its own predictor took is recorded, misses and false alarms
+included, and beside it what was truly active, and the predictor's guesses from the residual before attention and from
+a layer before. Neurons are numbered by their frequency on the calibration text, the hottest first, as in a packed
+model (benchmarks/make_packed.py gives it that frequency). The predictor's pass is run at its real size, on
 sketches of random bits, and its answer is thrown away. The shares and the reuse of what was replayed are measured in
 the run. Knows predictors by their protocol; nothing in runtime/ knows of traces.
 """
@@ -18,8 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +37,17 @@ from runtime.bench import measure
 from runtime.calibrate import LayerTail, thresholds
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.ffn import DenseFFN
-from runtime.kernels import Kernels
+from runtime.kernels import Kernels, select
 from runtime.load import LoadOptions, default_heldout, load
-from runtime.packed import open_packed
+from runtime.packed import PROFILE, Packed, is_packed, open_packed
 from runtime.plan import FfnCache
 from runtime.predictor import Predictor
 from runtime.sketches import PlaneSketch
+from runtime.sparse import sparse_setup
 from runtime.tokenizer import Tokenizer
 
 Keep = Callable[[LayerTail], float]  # a layer's threshold on output magnitudes
+BESIDE = ("active", "residual", "ahead")  # truly active; guessed before attention; guessed a layer before
 ROW_STEP = 131  # tokens of the trace between two rows of a batch, so that they are not at the same place of the text
 _THRESHOLD_TOKENS = 1536
 
@@ -52,16 +57,20 @@ class Trace:
     """What each of T tokens of one text activates in L layers of F neurons.
 
     bits: uint8 [L, T, F / 8 rounded up], bit i % 8 of byte i // 8 is neuron i; frequency: float32 [L, F], share of
-    tokens of another text. ValueError when the shapes do not belong together.
+    tokens of another text. beside: other sets of the same tokens by name, as BESIDE has them, or none. ValueError when
+    the shapes do not belong together.
     """
 
     bits: np.ndarray
     frequency: np.ndarray
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers, neurons = self.frequency.shape
         if self.bits.ndim != 3 or (self.bits.shape[0], self.bits.shape[2]) != (layers, -(-neurons // 8)):
             raise ValueError(f"bits of {self.bits.shape} do not fit {layers} layers of {neurons} neurons")
+        if any(bits.shape != self.bits.shape for bits in self.beside.values()):
+            raise ValueError(f"sets beside bits of {self.bits.shape} have another shape")
 
     @property
     def num_tokens(self) -> int:
@@ -74,14 +83,15 @@ class Trace:
 
     def save(self, path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, bits=self.bits, frequency=self.frequency)
+            np.savez_compressed(file, bits=self.bits, frequency=self.frequency, **self.beside)
 
     @classmethod
     def read(cls, path: Path) -> Trace:
         """SystemExit when the file is missing or no trace."""
         try:
             with np.load(path) as arrays:
-                return cls(arrays["bits"], arrays["frequency"])
+                beside = {name: arrays[name] for name in BESIDE if name in arrays}
+                return cls(arrays["bits"], arrays["frequency"], beside)
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"--trace {path}: not a trace ({error})") from error
 
@@ -116,6 +126,27 @@ def at_share(share: float) -> Keep:
     return keep
 
 
+@torch.no_grad()
+def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
+    """What a packed model's predictor takes of held-out tokens [T] at a CETT, whose inputs are those of the dense
+    model; its checkpoint must be where it was. Raises ColdstreamError."""
+    checkpoint, profile = open_checkpoint(packed.source.path), packed.read(PROFILE)
+    sparse = sparse_setup(packed, profile, cett, 0, select())
+    sources = {"taken": "input", "residual": "residual", "ahead": "ahead"}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*sources, "active")}
+    for layer, (ffn, inputs) in enumerate(forward(checkpoint, heldout[None])):
+        h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])[0]  # [T, F]
+        h = h[:, torch.from_numpy(profile["order"][layer].astype(np.int64))]
+        active = ((h.abs() >= torch.from_numpy(sparse.active_at[layer])) & (h != 0)).numpy()
+        found["active"].append(np.packbits(active, axis=1, bitorder="little"))
+        for name, source in sources.items():
+            taken = sparse.predictor.predict(layer, inputs[source][0].contiguous().numpy())
+            mask = np.ones_like(active) if taken is None else taken
+            found[name].append(np.packbits(mask, axis=1, bitorder="little"))
+    sets = {name: np.stack(bits) for name, bits in found.items()}
+    return Trace(sets.pop("taken"), np.minimum(sparse.frequency, 1).astype(np.float32), sets)
+
+
 class Replay:
     """Sets of a trace for `num_layers` layers of `num_neurons`, hottest neuron first as in a packed model."""
 
@@ -140,9 +171,10 @@ class Replay:
         ]
         self.trace, self.num_layers, self.num_neurons = trace, num_layers, num_neurons
 
-    def active(self, layer: int, token: int) -> np.ndarray:
-        """bool [F]; the trace begins again after its last token."""
-        bits = self.trace.bits[self._parts[layer], token % self.trace.num_tokens]  # [parts, bytes]
+    def active(self, layer: int, token: int, beside: str | None = None) -> np.ndarray:
+        """bool [F], the trace's own sets or some beside them; the trace begins again after its last token."""
+        sets = self.trace.bits if beside is None else self.trace.beside[beside]
+        bits = sets[self._parts[layer], token % self.trace.num_tokens]  # [parts, bytes]
         real = np.unpackbits(bits, axis=1, count=self.trace.frequency.shape[1], bitorder="little")
         return np.asarray(real.ravel()[self._order[layer]].view(bool))
 
@@ -157,12 +189,24 @@ class Replay:
         """float32 [L, F]: share of tokens of another text that need a neuron."""
         return np.stack([self.trace.frequency[p].ravel()[o] for p, o in zip(self._parts, self._order, strict=True)])
 
+    def facts(self, first: int, last: int) -> dict[str, float]:
+        """Of tokens first..last - 1, over all layers: shares taken and active, and how much of what a token takes the
+        one before took."""
+        tokens, layers = range(first, last), range(self.num_layers)
+        taken = np.stack([[self.active(layer, t) for t in tokens] for layer in layers])  # [L, T, F]
+        found = {"taken_share": float(taken.mean()), "reuse": reuse(taken)}
+        if "active" in self.trace.beside:
+            shares = [self.active(layer, t, "active").mean() for layer in layers for t in tokens]
+            found["active_share"] = float(np.mean(shares))
+        return found
+
 
 class ReplayPredictor:
     """Forces a replay's sets; a token of the trace for each call of a layer.
 
     pass_of(layer, x): what a real predictor would compute, run and forgotten. calls_per_token: 2 where the model looks
-    ahead, whose guesses are then always right. Row b of a batch is ROW_STEP * b tokens further.
+    ahead; its guesses are those recorded before attention, or always right where there are none. The first num_pinned
+    neurons come on top, as the engine's own predictor has it. Row b of a batch is ROW_STEP * b tokens further.
     """
 
     name = "trace"
@@ -173,7 +217,9 @@ class ReplayPredictor:
         pass_of: Callable[[int, np.ndarray], object],
         pass_bytes: int = 0,
         calls_per_token: int = 1,
+        num_pinned: int = 0,
     ) -> None:
+        self._num_pinned = num_pinned
         self._replay, self._pass_of, self.num_bytes = replay, pass_of, pass_bytes
         self._calls_per_token = calls_per_token
         self._calls = np.zeros(replay.num_layers, np.int64)
@@ -181,9 +227,12 @@ class ReplayPredictor:
 
     def predict(self, layer: int, x: np.ndarray) -> np.ndarray:
         self._pass_of(layer, x)
-        token = int(self._calls[layer]) // self._calls_per_token
+        token, call = divmod(int(self._calls[layer]), self._calls_per_token)
         self._calls[layer] += 1
-        mask = np.stack([self._replay.active(layer, token + ROW_STEP * b) for b in range(x.shape[0])])
+        guess = call + 1 < self._calls_per_token and "residual" in self._replay.trace.beside
+        beside = "residual" if guess else None
+        mask = np.stack([self._replay.active(layer, token + ROW_STEP * b, beside) for b in range(x.shape[0])])
+        mask[:, : self._num_pinned] = True
         if layer == 0 and self._calls[0] % self._calls_per_token == 0:
             self._replayed.append(np.packbits(mask[0]))
         return mask
@@ -249,7 +298,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("record", help="write the active sets of a real model")
-    one.add_argument("model", help="a checkpoint")
+    one.add_argument("model", help="a checkpoint, or a packed model whose checkpoint is where it was")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--tokens", type=int, default=2304, help="of the held-out text, in one window")
     one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens, for the thresholds")
@@ -275,6 +324,11 @@ def main() -> None:
     options = arguments()
     if options.verb == "bench":
         print(json.dumps(bench(options)))
+        return
+    if is_packed(Path(options.model)):
+        packed = open_packed(Path(options.model))
+        heldout = tokens_of(Tokenizer.from_dir(packed.path), "heldout.txt", 1, options.tokens)[0]
+        record_taken(packed, heldout, options.cett).save(options.out)
         return
     checkpoint = open_checkpoint(options.model)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

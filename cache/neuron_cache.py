@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot
 from cache.store import BundleFile
 
 _PAGE = 4096
+_PIECE_BYTES = 1 << 20  # of reads: what has arrived is checked and computed with while the rest is read
+_MOST_PIECES = 8  # of a lease: more would cost calls, and hide nothing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Lease:
     ids: np.ndarray  # int32 [K], ascending
     offsets: np.ndarray  # int64 [K]
     hit: np.ndarray  # bool [K]
-    num_ready: int  # so many of the first ids were resident when asked: may be computed with before `complete`
+    num_ready: int  # so many of the first ids were resident when asked: may be computed with at once
     cache: NeuronCache
 
     def __enter__(self) -> Lease:
@@ -74,14 +77,14 @@ class _Ahead:
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
     """What a lease still waits for. early: of `ids`, which come ahead; num_arrived of these were there when asked."""
 
     ids: np.ndarray  # int32 [M], the absent ones
     early: np.ndarray  # bool [M]
     places: np.ndarray  # int64 [M], in the arena
-    ticket: int | None  # of the others; None: there are none
+    pieces: deque[tuple[int, slice]]  # reads of the others, in order: ticket, which of the others it brings
     ahead: _Ahead | None
     num_arrived: int
 
@@ -109,6 +112,19 @@ class _Pending:
     chunk: Chunk
     ticket: int | None  # None: every record was resident
     resident: np.ndarray  # bool, for each neuron of the chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The first chunk of a layer whose stream has not been asked for yet."""
+
+    layer: int
+    half: int  # of staging
+    pending: _Pending
+
+    @property
+    def num_read(self) -> int:
+        return int(np.count_nonzero(~self.pending.resident))
 
 
 class NeuronCache:
@@ -159,6 +175,7 @@ class NeuronCache:
         self._speculated = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
         self._ahead: _Ahead | None = None
         self._reading: _Reading | None = None  # of the lease that is out
+        self._begun: _Begun | None = None
         self._reader = Reader(file.path, self.arena, landing=self._whole, engine=io_engine, queue_depth=queue_depth)
         self.read_cost, self.merge_gap_bytes = cost_and_gap(curve, self._reader.info.engine)
 
@@ -203,6 +220,7 @@ class NeuronCache:
         `release`; at most one lease is out. None when the misses do not fit staging.
         """
         self._one_user()
+        self._take_begun(-1)
         ahead = self._take_ahead(layer)
         slots = self._slot_of[layer, ids]
         hit = slots >= 0
@@ -222,17 +240,36 @@ class NeuronCache:
     def complete(self, lease: Lease) -> None:
         """Waits for the lease's reads and checks them; then all its records may be computed with.
 
-        Raises ReadError; the lease is then to be dropped. Once a lease.
+        Raises ReadError; the lease is then to be dropped. Once a lease, and not beside `arrivals`.
         """
-        reading, self._reading = self._reading, None
-        num_late = 0
+        for _ in self.arrivals(lease):
+            pass
+
+    def arrivals(self, lease: Lease) -> Iterator[int]:
+        """`complete` by and by: yields how many of the first records may be computed with by now, at last all.
+
+        Records are checked as they come, while others are still being read. To be taken to its end. Raises ReadError.
+        """
+        reading, num_late = self._reading, 0
         if reading is not None:
-            places = self._finish(lease.layer, reading)
-            lease.offsets[~lease.hit] = places
-            self._verify(lease.layer, reading.ids, places)
+            yield from self._arrive(lease, reading)
+            self._reading = None
             num_late = reading.ids.size - reading.num_arrived
             self._counts.needed_bytes += reading.num_arrived * self.layout.record_bytes
         self._count_lookups(lease.ids.size, num_late)
+        yield lease.ids.size
+
+    def _arrive(self, lease: Lease, reading: _Reading) -> Iterator[int]:
+        missed, late = np.flatnonzero(~lease.hit), np.flatnonzero(~reading.early)
+        if reading.ahead is not None:
+            self._finish_ahead(lease.layer, reading)
+            lease.offsets[missed] = reading.places
+        while reading.pieces:
+            ticket, some = reading.pieces.popleft()
+            self._wait(ticket)
+            self._verify(lease.layer, reading.ids[late[some]], reading.places[late[some]])
+            if some.stop < late.size:
+                yield int(missed[late[some.stop]])
 
     def prefetch(self, layer: int, ids: np.ndarray) -> None:
         """Starts reading the absent ones of `ids` (int32 [K], ascending, unique), which `acquire` of this layer will
@@ -244,6 +281,7 @@ class NeuronCache:
         if not self._speculated[1]:
             raise RuntimeError("the cache was made without lookahead")
         self._one_user()
+        self._take_begun(-1)
         self._take_ahead(-1)
         absent = ids[self._slot_of[layer, ids] < 0]
         plan = self._plan(layer, absent, self._speculated) if absent.size else None
@@ -266,9 +304,13 @@ class NeuronCache:
         """Ends the lease of a step that failed; what was read is forgotten, what is being read is waited for."""
         self._leases -= 1
         reading, self._reading = self._reading, None
-        if reading is not None:
+        if reading is None:
+            return
+        if reading.ahead is not None:
+            self._settle(reading.ahead, 0)
+        for ticket, _ in reading.pieces:
             with contextlib.suppress(ReadError):
-                self._finish(lease.layer, reading)
+                self._wait(ticket)
 
     def volumes(self, layer: int, ids: np.ndarray) -> tuple[ReadVolume, ReadVolume]:
         """What `acquire` of `ids` would read now, and what `stream` would."""
@@ -282,15 +324,17 @@ class NeuronCache:
 
     # -- dense: a whole layer, in order -----------------------------------------------------------------------------
 
-    def stream(self, layer: int) -> Generator[Chunk, None, None]:
+    def stream(self, layer: int, following: int | None = None) -> Generator[Chunk, None, None]:
         """The whole layer in chunks of ascending ids; the next chunk is read while the caller computes with this one.
 
+        following: the layer that will be streamed next, if that is known; its first chunk is then read meanwhile too.
         A chunk is valid until the next one is asked for. Chunks depend on the staging size only, never on what is
         resident, so that sums over them do not either. Slots are used, not changed. Close the generator to stop early.
         Raises ReadError.
         """
         self._one_user()
         self._take_ahead(-1)
+        begun = self._take_begun(layer)
         if self._in_order(layer):
             self._count_lookups(self.file.num_neurons, 0)
             first = int(self._base[layer])
@@ -299,19 +343,22 @@ class NeuronCache:
             return
         self._leases += 1
         bounds = self._chunk_bounds()
-        ahead = [self._submit_chunk(layer, *bounds[0], half=0)]  # at most one chunk, being read
+        half = 0 if begun is None else begun.half
+        under_way = deque([self._submit_chunk(layer, *bounds[0], half) if begun is None else begun.pending])
         try:
             for i in range(len(bounds)):
-                current = ahead.pop()
-                self._finish_chunk(layer, current)
+                half = 1 - half  # what was computed with last lies there: done with
                 if i + 1 < len(bounds):
-                    ahead.append(self._submit_chunk(layer, *bounds[i + 1], half=(i + 1) % 2))
+                    under_way.append(self._submit_chunk(layer, *bounds[i + 1], half))
+                elif following is not None:
+                    self._begin_stream(following, half)
+                current = under_way.popleft()
+                self._finish_chunk(layer, current)
                 yield current.chunk
         finally:
             self._leases -= 1
-            for left in ahead:  # closed early: the buffer must come to rest
-                if left.ticket is not None:
-                    self._account(self._reader.wait(left.ticket), stalled=0.0)
+            for left in under_way:  # closed early: the buffer must come to rest
+                self._abandon(left)
 
     def pin(self, layer: int, ids: np.ndarray) -> None:
         """These neurons never leave the slots that `warm` gives them. At most as many as the layer has slots."""
@@ -321,6 +368,7 @@ class NeuronCache:
 
     def warm(self, layer: int) -> None:
         """Fills the layer's slots with the neurons that the policy ranks highest. Raises ReadError."""
+        self._take_begun(-1)
         self._take_ahead(-1)
         size = int(self._slots_per_layer[layer])
         best = np.argsort(-self._policy.scores(layer), kind="stable")[:size]
@@ -408,25 +456,21 @@ class NeuronCache:
         if ahead is not None:
             places[early] = ahead.offsets[np.searchsorted(ahead.ids, ids[early])]
             num_arrived = int(np.count_nonzero(early)) if self._reader.done(ahead.ticket) else 0
-        ticket = self._submit(plan, plan.arena_offsets) if late.size else None
-        return _Reading(ids, early, places, ticket, ahead, num_arrived)
+        return _Reading(ids, early, places, self._submit_in_pieces(plan), ahead, num_arrived)
 
-    def _finish(self, layer: int, reading: _Reading) -> np.ndarray:
-        """Waits until everything has come to rest; where each record is, int64 [M]. Raises ReadError."""
-        there = True
-        try:
-            if reading.ticket is not None:
-                self._wait(reading.ticket)
-        finally:
-            if reading.ahead is not None:
-                there = self._settle(reading.ahead, int(np.count_nonzero(reading.early)))
-        if not there and reading.early.any():  # read again what is wanted of it, where it was to land
-            plan = self._plan(layer, reading.ids[reading.early], self._speculated)
+    def _finish_ahead(self, layer: int, reading: _Reading) -> None:
+        """Waits for what comes ahead and checks what is wanted of it. Raises ReadError."""
+        ahead, reading.ahead = reading.ahead, None
+        if ahead is None:
+            return
+        there, wanted = self._settle(ahead, int(np.count_nonzero(reading.early))), reading.ids[reading.early]
+        if not there and wanted.size:  # read it again, where it was to land
+            plan = self._plan(layer, wanted, self._speculated)
             if plan is None:
                 raise RuntimeError("a part of what was read ahead does not fit where all of it did")
             self._read(plan)
             reading.places[reading.early] = plan.record_offsets
-        return reading.places
+        self._verify(layer, wanted, reading.places[reading.early])
 
     def _plan(
         self, layer: int, ids: np.ndarray, room: tuple[int, int], merge_gap: int | None = None
@@ -445,9 +489,20 @@ class NeuronCache:
         self._wait(self._submit(plan, plan.arena_offsets))
 
     def _submit(self, plan: ReadPlan, arena_offsets: np.ndarray) -> int:
-        for length in np.minimum(plan.lengths, self._file_bytes - plan.offsets).tolist():  # the last block may be short
-            self._read_sizes.observe(length)
+        self._observe_sizes(plan)
         return self._reader.submit(plan.offsets, plan.lengths, arena_offsets)
+
+    def _submit_in_pieces(self, plan: ReadPlan) -> deque[tuple[int, slice]]:
+        """(ticket, which of the plan's records it brings), one after another."""
+        self._observe_sizes(plan)
+        places = plan.arena_offsets
+        return deque(
+            (self._reader.submit(plan.offsets[reads], plan.lengths[reads], places[reads]), records)
+            for reads, records in plan.pieces(_PIECE_BYTES, _MOST_PIECES)
+        )
+
+    def _observe_sizes(self, plan: ReadPlan) -> None:
+        self._read_sizes.observe_all(np.minimum(plan.lengths, self._file_bytes - plan.offsets))  # the last may be short
 
     def _wait(self, ticket: int) -> None:
         start = time.perf_counter()
@@ -524,7 +579,6 @@ class NeuronCache:
         offset = base + first % align  # congruent with the file, so that reads land in place
         chunk = Chunk(start, stop, offset)
         missed = ids[~resident]
-        self._count_lookups(ids.size, missed.size)
         if not missed.size:
             return _Pending(chunk, None, resident)
         plan = self._plan(layer, missed, self._whole)
@@ -539,9 +593,35 @@ class NeuronCache:
         ids = np.arange(chunk.start, chunk.stop, dtype=np.int32)
         places = chunk.offset + np.arange(ids.size) * stride
         hits, missed = pending.resident, ~pending.resident
+        self._count_lookups(ids.size, int(np.count_nonzero(missed)))
         if pending.ticket is not None:
             self._wait(pending.ticket)
             self._verify(layer, ids[missed], places[missed])
         if hits.any():  # after the reads: those are aligned outward and may have overwritten neighbours
             slots = self._slot_of[layer, ids[hits]].astype(np.int64)
             copy_records(self.arena, slots * stride, places[hits], self.layout.record_bytes)
+
+    def _begin_stream(self, layer: int, half: int) -> None:
+        """Starts reading the first chunk of a layer into a half of staging that nobody uses."""
+        if self._in_order(layer):
+            return
+        self._begun = _Begun(layer, half, self._submit_chunk(layer, *self._chunk_bounds()[0], half))
+        self._counts.ahead_issued += self._begun.num_read
+
+    def _take_begun(self, layer: int) -> _Begun | None:
+        """The begun stream of `layer`, taken over by the caller; another layer's is waited for and dropped."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        if begun.layer == layer:
+            self._counts.ahead_used += begun.num_read
+            return begun
+        self._counts.ahead_wasted += begun.num_read
+        self._abandon(begun.pending)
+        return None
+
+    def _abandon(self, pending: _Pending) -> None:
+        """Waits until a chunk that nobody wants has come to rest. A failure is nobody's error."""
+        if pending.ticket is not None:
+            with contextlib.suppress(ReadError):
+                self._account(self._reader.wait(pending.ticket), stalled=0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,23 @@ class ReadPlan:
     lengths: np.ndarray  # int64 [R]
     arena_offsets: np.ndarray  # int64 [R]
     record_offsets: np.ndarray  # int64 [K]
+    first_records: np.ndarray  # int64 [R], of [0, K): the first record of each range
 
     @property
     def num_bytes(self) -> int:
         return int(self.lengths.sum())
+
+    def pieces(self, piece_bytes: int, most: int) -> list[tuple[slice, slice]]:
+        """(ranges, records) of consecutive parts, of about `piece_bytes` each or more where there would be over `most`.
+
+        Empty without ranges.
+        """
+        ends = np.cumsum(self.lengths)
+        num = int(min(most, max(1, self.num_bytes // piece_bytes))) if ends.size else 0
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num) // num) + 1 if num else np.empty(0, np.int64)
+        bounds = np.unique(np.concatenate([[0], cuts, [ends.size]]))
+        firsts = np.append(self.first_records, self.record_offsets.size)
+        return [(slice(a, b), slice(int(firsts[a]), int(firsts[b]))) for a, b in pairwise(bounds.tolist())]
 
 
 class Reader:
@@ -158,7 +172,7 @@ def plan_reads(
     """
     if not starts.size:
         nothing = np.empty(0, np.int64)
-        return ReadPlan(nothing, nothing, nothing, nothing)
+        return ReadPlan(nothing, nothing, nothing, nothing, nothing)
     begins = starts // alignment * alignment
     ends = -(-(starts + record_bytes) // alignment) * alignment
     far = (starts[1:] - starts[:-1] - record_bytes > merge_gap_bytes) & (begins[1:] > ends[:-1])
@@ -170,4 +184,4 @@ def plan_reads(
         return None
     read_of = np.repeat(np.arange(first.size), last - first + 1)
     arena_offsets = staging_offset + places[:-1]
-    return ReadPlan(offsets, lengths, arena_offsets, (arena_offsets - offsets)[read_of] + starts)
+    return ReadPlan(offsets, lengths, arena_offsets, (arena_offsets - offsets)[read_of] + starts, first)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class OffloadedFFN:
             ids = np.flatnonzero(parts[0].mask.any(axis=0)).astype(np.int32)
             if self._reads_apart(layer, ids) and self._sparse(layer, parts[0], ids):
                 return [parts[0].out]
-        self._streamed(layer, parts)
+        self._streamed(layer, parts, self._streamed_next(layer, kinds))
         return [part.out for part in parts]
 
     def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
@@ -168,10 +169,11 @@ class OffloadedFFN:
             return False
         mask = None if part.x.shape[0] == 1 else part.mask[:, ids]
         with lease:
-            at_once = lease.num_ready if self._adds_in_order and _WORTH_A_CALL <= lease.num_ready < ids.size else 0
-            self._run_some(layer, part, lease, mask, slice(0, at_once))  # while the others are read
-            self._cache.complete(lease)
-            self._run_some(layer, part, lease, mask, slice(at_once, ids.size))
+            done = 0
+            for there in chain((lease.num_ready,), self._cache.arrivals(lease)):  # while the others are read
+                if there == ids.size or (self._adds_in_order and there - done >= _WORTH_A_CALL):
+                    self._run_some(layer, part, lease, mask, slice(done, there))
+                    done = there
         return True
 
     def _run_some(self, layer: int, part: _Part, lease: Lease, mask: np.ndarray | None, some: slice) -> None:
@@ -197,9 +199,15 @@ class OffloadedFFN:
         if self._predictor is not None and active_at is not None:
             self._active += num
 
-    def _streamed(self, layer: int, parts: Sequence[_Part]) -> None:
+    def _streamed_next(self, layer: int, kinds: Sequence[BatchKind]) -> int | None:
+        """The layer that is sure to be streamed after this one: prompts want all of all layers, dense does always."""
+        if self._predictor is None:
+            return (layer + 1) % self._cache.file.num_layers
+        return layer + 1 if "prefill" in kinds and layer + 1 < self._cache.file.num_layers else None
+
+    def _streamed(self, layer: int, parts: Sequence[_Part], following: int | None) -> None:
         """Adds the whole layer, in chunks that are read once for all parts, to each part's `out`."""
-        with contextlib.closing(self._cache.stream(layer)) as chunks:
+        with contextlib.closing(self._cache.stream(layer, following)) as chunks:
             for chunk in chunks:
                 for part in parts:
                     if part.by_row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -335,4 +336,77 @@ def test_a_lease_dropped_before_it_is_complete_leaves_a_cache_that_works(file: B
         with lease:
             raise ZeroDivisionError
     assert check_lease(cache, 0, ids) == 0
+    cache.close()
+
+
+@pytest.mark.parametrize("engine", ["auto", "pread", "buffered"])
+@pytest.mark.parametrize("guessed", [0, 30])
+def test_what_has_arrived_is_right_while_the_rest_is_read(
+    file: BundleFile, engine: str, guessed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.neuron_cache._PIECE_BYTES", 8 << 10)
+    cache = make(file, 40, io_engine=engine, lookahead=True)
+    cache.warm(1)
+    ids = np.arange(0, NEURONS, 9, dtype=np.int32)
+    cache.prefetch(1, ids[:guessed])
+    lease = cache.begin(1, ids)
+    assert lease is not None
+    expected, seen = vectors(1)["up"][ids], [lease.num_ready]
+    for there in cache.arrivals(lease):
+        np.testing.assert_array_equal(read_back(cache, lease.offsets[:there], "up"), expected[:there])
+        seen.append(there)
+    assert seen == sorted(seen) and seen[-1] == ids.size and len(seen) > 4
+    cache.release(lease)
+    assert cache.snapshot().tiers["cpu"].hits >= 5
+    cache.close()
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_piece_that_fails_leaves_no_read_under_way(
+    file: BundleFile, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.neuron_cache._PIECE_BYTES", 1 << 10)
+    cache = make(file, 0)
+    ids = np.array([3, 300, 600], np.int32)
+    cache._reader.inject("eio", nth, 1)
+    with pytest.raises(ReadError):
+        cache.acquire(0, ids)
+    check_lease(cache, 0, ids)
+    cache.close()
+
+
+# -- one stream after another -----------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_was_foreseen_is_read_once_and_right(file: BundleFile) -> None:
+    """Right and wrong foresight, streams closed early, leases between: bytes are right and counters add up."""
+    cache = make(file, 40)
+    cache.warm(0)
+    for step, (layer, following) in enumerate([(0, 1), (1, 2), (2, 0), (0, None), (1, 2), (0, 1), (1, 2), (2, None)]):
+        with contextlib.closing(cache.stream(layer, following)) as chunks:
+            for chunk in chunks:
+                offsets = chunk.offset + np.arange(chunk.stop - chunk.start) * file.layout.stride
+                found, expected = read_back(cache, offsets, "up"), vectors(layer)["up"][chunk.start : chunk.stop]
+                np.testing.assert_array_equal(found, expected)
+                if step == 3:
+                    break
+        if step == 6:
+            check_lease(cache, 1, np.arange(0, NEURONS, 50, dtype=np.int32))
+    found = cache.snapshot()
+    assert found.prefetch_issued_bytes == found.prefetch_used_bytes + found.prefetch_wasted_bytes
+    assert found.prefetch_used_bytes > found.prefetch_wasted_bytes > 0
+    assert found.tiers["cpu"].lookups <= 8 * NEURONS + NEURONS // 50
+    cache.close()
+
+
+def test_a_foreseen_stream_that_fails_is_an_error_for_whoever_asks(file: BundleFile) -> None:
+    cache = make(file, 0)
+    for wanted in (1, 2):  # foreseen, and another one
+        num_chunks = len(list(cache.stream(0)))
+        cache._reader.inject("eio", num_chunks, 1)
+        list(cache.stream(0, following=1))
+        if wanted == 1:
+            with pytest.raises(ReadError):
+                list(cache.stream(1))
+        assert sum(chunk.stop - chunk.start for chunk in cache.stream(wanted)) == NEURONS
     cache.close()

@@ -615,3 +615,18 @@ def test_a_plan_that_does_not_fit_is_none_and_an_empty_one_is_empty() -> None:
     empty = plan_reads(ints(), 4096, alignment=512, merge_gap_bytes=0, staging_offset=0, staging_bytes=0)
     assert empty is not None
     assert (empty.num_bytes, empty.offsets.size, empty.record_offsets.size) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 40])
+@pytest.mark.parametrize(("piece", "most"), [(1, 8), (4096, 8), (20_000, 3), (1 << 30, 8)])
+def test_pieces_are_the_plan_in_order(num: int, piece: int, most: int) -> None:
+    starts = np.cumsum(np.random.default_rng(num).integers(1000, 9000, num)).astype(np.int64)
+    plan = plan_reads(starts, 1000, alignment=512, merge_gap_bytes=512, staging_offset=0, staging_bytes=MIB)
+    assert plan is not None
+    pieces = plan.pieces(piece, most)
+    assert len(pieces) <= most and bool(pieces) == bool(num)
+    assert [i for _, records in pieces for i in range(num)[records]] == list(range(num))
+    for reads, records in pieces:
+        ends = plan.arena_offsets[reads] + plan.lengths[reads]
+        for place in plan.record_offsets[records].tolist():  # each record lies in a read of its own piece
+            assert ((plan.arena_offsets[reads] <= place) & (place + 1000 <= ends)).any()

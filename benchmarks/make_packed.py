@@ -1,0 +1,208 @@
+"""A packed model of a large shape with random weights, written at the speed of the disk: nothing is fitted.
+
+    python -m benchmarks.make_packed --shape afm-4.5b --dtype bf16|int8 --trace FILE --out DIR [--layers N]
+
+`coldstream prepare` takes minutes for each layer of such a size, and what it would fit there would fit noise. Records
+and resident matrices are random, sketches are random planes of the real size, and the profile's frequencies are those
+of a trace of a real model (benchmarks/traces.py), whose sets are to be forced on the model; thresholds are there for
+form's sake, and mean nothing. Knows the packed format; holds one piece of a layer at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.kernels import random_sketch
+from benchmarks.make_checkpoint import ITEM_BYTES, SHAPES, Shape, config_json, num_bytes, random_bf16, tensors
+from benchmarks.traces import Replay, Trace
+from cache.bundle import BundleDtype, BundleLayout, checksums
+from cache.device_curve import device_curve
+from cache.store import BundleFile
+from runtime.calibrate import CETT_GRID
+from runtime.checkpoint import open_checkpoint
+from runtime.config import ModelConfig
+from runtime.load import default_model
+from runtime.pack import is_ffn
+from runtime.packed import (
+    BUNDLES,
+    PROFILE,
+    RESIDENT,
+    SKETCH,
+    Packed,
+    Source,
+    bundle_header,
+    safetensors_header,
+    sha256,
+    write_manifest,
+)
+from runtime.placement import PINNED_SHARES
+from runtime.tokenizer import Tokenizer
+from runtime.tune import SKETCH_BITS
+
+_CETT = 0.05  # that traces are recorded at; only a name here
+_PIECE = 4096  # records made at a time
+_ONE = 0x3F80  # 1.0 in bf16
+
+
+def make_packed(
+    shape: Shape, out: Path, dtype: BundleDtype, trace: Trace, vocab_size: int | None = None, seed: int = 0
+) -> int:
+    """Writes the packed model into `out`, which must not exist; returns the bytes of its records. SystemExit, before
+    anything is written, when it exists or the disk is too full."""
+    tokenizer = Tokenizer.from_checkpoint(open_checkpoint(default_model()))
+    vocab = tokenizer.vocab_size if vocab_size is None else vocab_size
+    eos_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    config = ModelConfig.from_hf(config_json(shape, vocab, tokenizer.bos_id, eos_id))
+    layout = BundleLayout.make(shape.hidden_size, shape.gated, dtype)
+    resident = [(name, size) for name, size in tensors(shape, vocab) if not is_ffn(name)]
+    ffn_bytes = config.num_hidden_layers * config.intermediate_size * layout.stride
+    _check(out, ffn_bytes + sum(num_bytes(size) for _, size in resident))
+    frequency = Replay(trace, config.num_hidden_layers, config.intermediate_size).frequency()
+    out.mkdir(parents=True)
+    rng = np.random.Generator(np.random.SFC64(seed))
+    header, offsets = bundle_header(config.num_hidden_layers, config.intermediate_size, layout.stride)
+    with (out / BUNDLES).open("wb") as file:
+        file.write(header)
+        for piece in _records(rng, config, layout):
+            file.write(piece.data)
+    _write_resident(out / RESIDENT, resident, rng, shape.hidden_size**-0.5)
+    _write_sketches(out / SKETCH, config, seed)
+    save_file(_profile(frequency), out / PROFILE)
+    tokenizer.save(out)
+    bundles = BundleFile(out / BUNDLES, layout, config.intermediate_size, offsets)
+    _write_manifest(out, config, bundles)
+    device_curve(out / BUNDLES)
+    return ffn_bytes
+
+
+def _check(out: Path, needed: int) -> None:
+    if out.exists():
+        raise SystemExit(f"--out {out}: exists already")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed + (1 << 30):
+        raise SystemExit(f"--out {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+
+
+def _records(rng: np.random.Generator, config: ModelConfig, layout: BundleLayout) -> Iterator[np.ndarray]:
+    """Pieces of all layers, in order, uint8 [n, stride]."""
+    for _ in range(config.num_hidden_layers):
+        for start in range(0, config.intermediate_size, _PIECE):
+            yield random_records(rng, layout, min(_PIECE, config.intermediate_size - start))
+
+
+def random_records(rng: np.random.Generator, layout: BundleLayout, num: int) -> np.ndarray:
+    """Records of random vectors with a standard deviation near 1 / sqrt(D), checksums right; uint8 [num, stride]."""
+    hidden, deviation = layout.hidden_size, layout.hidden_size**-0.5
+    out = np.zeros((num, layout.stride), np.uint8)
+    for v in layout.vectors:
+        size = hidden * v.dtype.item_bytes
+        if v.dtype is BundleDtype.BF16:
+            values = random_bf16(rng, num * hidden, deviation).view(np.uint8)
+        elif v.dtype is BundleDtype.INT8:
+            values = np.frombuffer(rng.bytes(num * hidden), np.uint8)
+            scale = np.array([deviation / 73.9], np.float32).view(np.uint8)  # 256 codes alike: 73.9 is their deviation
+            out[:, v.scale_offset : v.scale_offset + 4] = scale
+        else:
+            raise SystemExit(f"--dtype {v.dtype.value}: bf16 or int8")
+        out[:, v.offset : v.offset + size] = values.reshape(num, size)
+    end = layout.checksum_offset
+    out[:, end : end + 8] = checksums(layout, out).view(np.uint8).reshape(num, 8)
+    return out
+
+
+def _write_resident(
+    path: Path, named: list[tuple[str, tuple[int, ...]]], rng: np.random.Generator, deviation: float
+) -> None:
+    with path.open("wb") as file:
+        file.write(safetensors_header([(name, "BF16", size, num_bytes(size)) for name, size in named]))
+        for _, size in named:
+            _write_tensor(file, size, rng, deviation)
+
+
+def _write_tensor(file: IO[bytes], size: tuple[int, ...], rng: np.random.Generator, deviation: float) -> None:
+    count = num_bytes(size) // ITEM_BYTES
+    file.write((np.full(count, _ONE, np.uint16) if len(size) == 1 else random_bf16(rng, count, deviation)).data)
+
+
+def _write_sketches(path: Path, config: ModelConfig, seed: int) -> None:
+    rng, arrays = np.random.default_rng(seed), {}
+    for layer in range(config.num_hidden_layers):
+        size = config.hidden_size, config.intermediate_size
+        sketch = random_sketch(rng, *size, SKETCH_BITS, config.gated, config.hidden_act)
+        arrays |= sketch.to_arrays(f"layers.{layer}.")
+    save_file(arrays, path)
+
+
+def _profile(frequency: np.ndarray) -> dict[str, np.ndarray]:
+    """What `runtime.pack` writes: these frequencies [L, F] at every target; everything else for form's sake."""
+    layers, neurons = frequency.shape
+    targets, shares = len(CETT_GRID), len(PINNED_SHARES)
+    taken = np.full((layers, targets), frequency.mean(), np.float32)
+    return {
+        "targets": np.asarray(CETT_GRID),
+        "pinned_shares": np.asarray(PINNED_SHARES),
+        "frequency": np.repeat(frequency[None], targets, axis=0),
+        "epsilon": np.full((layers, targets), 1e-6, np.float32),
+        "tau": np.ones((layers, targets, shares), np.float32),
+        "active": taken,
+        "streamed": np.repeat(taken[:, :, None], shares, axis=2),
+        "moved": taken,
+        "order": np.tile(np.arange(neurons, dtype=np.int32), (layers, 1)),
+        "down_norm": np.ones((layers, neurons), np.float32),
+    }
+
+
+def _write_manifest(out: Path, config: ModelConfig, bundles: BundleFile) -> None:
+    row: dict[str, Any] = {"sparse": True, "sparse_from": CETT_GRID[0], "sketch_bytes": 0}
+    contract = {
+        "mode": "sparse",
+        "cett": _CETT,
+        "max_ppl_increase_percent": None,
+        "measured": [],
+        "layers": [row] * config.num_hidden_layers,
+        "sketch_bits": SKETCH_BITS,
+    }
+    write_manifest(
+        Packed(
+            path=out,
+            config=config,
+            bundles=bundles,
+            source=Source(str(out.absolute()), "random", []),
+            standalone=True,
+            contract=contract,
+            checksums={name: sha256(out / name) for name in (PROFILE, SKETCH, RESIDENT)},
+            calibration={"text": "none: random weights"},
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--dtype", choices=["bf16", "int8"], default="bf16", help="of the records")
+    parser.add_argument("--trace", type=Path, required=True, help="whose frequencies the model has")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory")
+    parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.layers is not None:
+        if options.layers < 1:
+            parser.error(f"--layers {options.layers}: at least 1")
+        shape = replace(shape, num_hidden_layers=options.layers)
+    made = make_packed(shape, options.out, BundleDtype(options.dtype), Trace.read(options.trace), seed=options.seed)
+    print(json.dumps({"shape": options.shape, "layers": shape.num_hidden_layers, "record_bytes": made}))
+
+
+if __name__ == "__main__":
+    main()
