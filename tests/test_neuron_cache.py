@@ -283,7 +283,10 @@ def test_a_failed_guess_costs_nobody_an_error(file: BundleFile) -> None:
 def test_a_late_read_that_fails_leaves_no_read_under_way(file: BundleFile) -> None:
     cache = make(file, 0, lookahead=True)
     cache.prefetch(0, np.array([3], np.int32))
-    cache._reader.inject("eio", 1, 1)
+    assert cache._ahead is not None
+    while not cache._reader.done(cache._ahead.ticket):  # so that it is the late one that fails
+        pass
+    cache._reader.inject("eio", 0, 1)
     with pytest.raises(ReadError):
         cache.acquire(0, np.array([3, 600], np.int32))
     check_lease(cache, 0, np.array([3, 600], np.int32))
