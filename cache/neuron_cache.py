@@ -122,10 +122,6 @@ class _Begun:
     half: int  # of staging
     pending: _Pending
 
-    @property
-    def num_read(self) -> int:
-        return int(np.count_nonzero(~self.pending.resident))
-
 
 class NeuronCache:
     """Slots of the cpu tier, filled from a bundle file.
@@ -606,7 +602,6 @@ class NeuronCache:
         if self._in_order(layer):
             return
         self._begun = _Begun(layer, half, self._submit_chunk(layer, *self._chunk_bounds()[0], half))
-        self._counts.ahead_issued += self._begun.num_read
 
     def _take_begun(self, layer: int) -> _Begun | None:
         """The begun stream of `layer`, taken over by the caller; another layer's is waited for and dropped."""
@@ -614,9 +609,10 @@ class NeuronCache:
         if begun is None:
             return None
         if begun.layer == layer:
-            self._counts.ahead_used += begun.num_read
             return begun
-        self._counts.ahead_wasted += begun.num_read
+        num_read = int(np.count_nonzero(~begun.pending.resident))
+        self._counts.ahead_issued += num_read  # what was foreseen and came is no speculation
+        self._counts.ahead_wasted += num_read
         self._abandon(begun.pending)
         return None
 

@@ -56,9 +56,11 @@ class ReadPlan:
 
         Empty without ranges.
         """
+        num = min(most, self.num_bytes // piece_bytes)
+        if num <= 1:
+            return [(slice(0, self.offsets.size), slice(0, self.record_offsets.size))][: self.offsets.size]
         ends = np.cumsum(self.lengths)
-        num = int(min(most, max(1, self.num_bytes // piece_bytes))) if ends.size else 0
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num) // num) + 1 if num else np.empty(0, np.int64)
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num) // num) + 1
         bounds = np.unique(np.concatenate([[0], cuts, [ends.size]]))
         firsts = np.append(self.first_records, self.record_offsets.size)
         return [(slice(a, b), slice(int(firsts[a]), int(firsts[b]))) for a, b in pairwise(bounds.tolist())]

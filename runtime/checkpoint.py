@@ -86,6 +86,9 @@ class Checkpoint(Protocol):
     def dtype(self, name: str) -> str:
         """bf16, fp16, fp32, or a quantised GGUF type's name in lower case."""
 
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor's bytes are."""
+
     def load(self, name: str) -> torch.Tensor:
         """The tensor: bf16, fp16, fp32 as stored, quantised types as float32. Owned by the caller."""
 

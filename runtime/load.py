@@ -40,11 +40,13 @@ from runtime.model import LayerWeights, Model, ModelWeights, as_numpy
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
 from runtime.packed import BUNDLES, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
 from runtime.placement import share_slots
-from runtime.plan import FfnCache, Plan, PlanOptions, make_plan
+from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
+from runtime.row_file import ROW_DTYPES, RowFile
 from runtime.sparse import Sparse, sparse_setup
 from runtime.tokenizer import Tokenizer
 
+_EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
 LOOKAHEADS = ("none", "attention")
 
@@ -258,7 +260,7 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     frequency = _needs(profile, sparse, mode)
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
     dtype = _torch_dtype(options.dtype, config)
-    weights = _load_weights(packed, dtype, progress)
+    weights = _load_weights(packed, dtype, progress, rows_on_disk=True)
     _warm(cache, progress)
     active_at = None if sparse is None else sparse.active_at
     auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
@@ -447,17 +449,19 @@ def _torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def _load_weights(packed: Packed, dtype: torch.dtype, progress: Progress) -> ModelWeights:
-    """The resident part, one tensor at a time."""
+def _load_weights(packed: Packed, dtype: torch.dtype, progress: Progress, rows_on_disk: bool = False) -> ModelWeights:
+    """The resident part, one tensor at a time. rows_on_disk: those of the embedding, where they may be."""
     source = _resident_source(packed)
     config = packed.config
-    embed = source.load("model.embed_tokens.weight").to(dtype)
+    on_disk = rows_on_disk and embedding_stays_on_disk(config) and source.dtype(_EMBEDDING) in ROW_DTYPES
+    embed = None if on_disk else source.load(_EMBEDDING).to(dtype)
     layers: list[LayerWeights] = []
     for i in range(config.num_hidden_layers):
         progress("loading", i / config.num_hidden_layers)
         layers.append(load_layer(source, i, dtype))
-    head = embed if config.tie_word_embeddings else source.load("lm_head.weight").to(dtype)
-    return ModelWeights(embed, tuple(layers), source.load("model.norm.weight").float(), head)
+    head = embed if embed is not None and config.tie_word_embeddings else source.load("lm_head.weight").to(dtype)
+    norm = source.load("model.norm.weight").float()
+    return ModelWeights(RowFile(source.entry(_EMBEDDING), dtype) if embed is None else embed, tuple(layers), norm, head)
 
 
 def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:

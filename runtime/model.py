@@ -22,6 +22,7 @@ from runtime.batch import Batch, BatchKind, ModelCounters
 from runtime.config import ModelConfig
 from runtime.kernels import Kernels
 from runtime.kv_cache import KVCache
+from runtime.row_file import RowFile
 
 GEMV_ROWS = 16  # up to here our bandwidth-bound kernels, above it torch's GEMM
 
@@ -56,7 +57,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    embed_tokens: torch.Tensor  # [V, D]
+    embed_tokens: torch.Tensor | RowFile  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [D]
     lm_head: torch.Tensor  # [V, D]; the same object as embed_tokens when tied

@@ -47,6 +47,8 @@ _GROWTH_BYTES = 16 * _MIB  # after the measurement, where more than that is meas
 _TOKENIZER_BYTES = 640  # a token of the vocabulary
 _NEURON_BYTES = 48  # slot table 4, owner 4, decayed score 8, its prior 12, threshold and norm 8, temporaries 12
 _SKETCH_BITS = 1.7  # a weight of gate and up, for a model that is not packed yet
+_SPARSE_SHARE = 4  # one part in so many of a sparse layer is staged at most, unless that is next to nothing
+_SPARSE_STAGING_BYTES = 16 * _MIB
 _PIECES_BYTES = 32 * _MIB  # read or dequantised at once while a tensor is loaded
 _PROFILE_BYTES = 64  # a neuron: its frequencies at each calibrated target, while loading
 _REQUEST_BYTES = 64 << 10  # a request's objects, queues and text
@@ -322,11 +324,20 @@ class ModelSizes:
         return self.num_neurons * (self.layout.stride + sketch_row_bytes(self.config) + _PROFILE_BYTES) + 16 * _MIB
 
 
+def embedding_stays_on_disk(config: ModelConfig) -> bool:
+    """Whether a token's row is read when it is needed: where the head is another matrix, and rows need no decoding."""
+    return not config.tie_word_embeddings and config.dtype in ("bf16", "fp16", "fp32")
+
+
 @dataclass(frozen=True, slots=True)
 class _Sizes(ModelSizes):
     """All prices in main memory. Nothing here depends on the budget."""
 
     measured_process_bytes: int
+
+    def resident(self, max_model_len: int) -> dict[str, int]:
+        found = ModelSizes.resident(self, max_model_len)
+        return found | {"resident.embedding": 0} if embedding_stays_on_disk(self.config) else found
 
     @property
     def smallest_staging(self) -> int:
@@ -334,9 +345,14 @@ class _Sizes(ModelSizes):
 
     @property
     def largest_staging(self) -> int:
-        """A whole layer, every record of it read apart: more is never read at once."""
-        slack = 4 * _PAGE
-        return max(self.smallest_staging, _round_up(self.layer_bytes + slack, 2 * _PAGE))
+        """What is read at once at most, every record apart: a part of a sparse layer, else the whole one.
+
+        The room is better spent on slots, and what a prompt takes for a chunk of half of this grows with it.
+        """
+        wanted = self.layer_bytes
+        if self.options.mode == "sparse":
+            wanted = min(wanted, max(wanted // _SPARSE_SHARE, _SPARSE_STAGING_BYTES))
+        return max(self.smallest_staging, _round_up(wanted + 4 * _PAGE, 2 * _PAGE))
 
     @property
     def most_partial_slots(self) -> int:
@@ -498,9 +514,13 @@ def _too_small(sizes: _Sizes, budget: int, source: str, smallest: int) -> str:
 
 
 def _divide(sizes: _Sizes, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
-    """The largest pinned set that the slots hold: it needs no sketch, and the others pass a higher threshold."""
-    shapes = (_shape(sizes, budget - headroom(budget), num_pinned) for num_pinned in sizes.pinned_sizes)
-    shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
+    """The largest pinned set that the slots hold: it needs no sketch, and hides behind the reads. None where nothing
+    is read."""
+    room = budget - headroom(budget)
+    shape = _shape(sizes, room, 0)
+    if shape.num_slots < sizes.num_neurons:
+        shapes = (_shape(sizes, room, num_pinned) for num_pinned in sizes.pinned_sizes)
+        shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
     return _plan(sizes, shape, budget, source, smallest, host)
 
 
