@@ -24,7 +24,7 @@ from cache.bundle import BundleLayout, checksum_weights
 from cache.device_curve import DeviceCurve, cost_and_gap
 from cache.errors import ReadError
 from cache.policy import DecayedFrequency, choose_swaps
-from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, ReadVolume, plan_reads, volume
+from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, ReadVolume, plan_reads, volume_of_absent
 from cache.records import copy_records, first_bad_record
 from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot, TransferSnapshot
 from cache.store import BundleFile
@@ -310,13 +310,12 @@ class NeuronCache:
 
     def volumes(self, layer: int, ids: np.ndarray) -> tuple[ReadVolume, ReadVolume]:
         """What `acquire` of `ids` would read now, and what `stream` would."""
-        absent = self._slot_of[layer] < 0
-        every = np.flatnonzero(absent)
-        return self._volume(layer, ids[absent[ids]]), self._volume(layer, every)
+        return self._volume(layer, ids), self._volume(layer, None)
 
-    def _volume(self, layer: int, ids: np.ndarray) -> ReadVolume:
-        starts = self.file.starts(layer, ids)
-        return volume(starts, self.layout.record_bytes, self._reader.info.alignment, self.merge_gap_bytes)
+    def _volume(self, layer: int, ids: np.ndarray | None) -> ReadVolume:
+        record, alignment = self.layout.record_bytes, self._reader.info.alignment
+        slots, stride = self._slot_of[layer], self.layout.stride
+        return volume_of_absent(slots, ids, stride, record, alignment, self.merge_gap_bytes)
 
     # -- dense: a whole layer, in order -----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache._reader import Reader as NativeReader
+from cache import _reader as native
 from cache.errors import ReadError
 
 
@@ -86,7 +86,7 @@ class Reader:
     ) -> None:
         self._path = str(path)
         try:
-            self._native = NativeReader(self._path, arena, *landing, engine, queue_depth)
+            self._native = native.Reader(self._path, arena, *landing, engine, queue_depth)
         except RuntimeError as error:
             raise ReadError(self._path, 0, 0, str(error)) from error
         self.info = ReaderInfo(*self._native.info())
@@ -158,7 +158,29 @@ def volume(starts: np.ndarray, record_bytes: int, alignment: int, merge_gap_byte
     return ReadVolume(num_requests, num_bytes)
 
 
+def volume_of_absent(
+    slot_of: np.ndarray, ids: np.ndarray | None, stride: int, record_bytes: int, alignment: int, merge_gap_bytes: int
+) -> ReadVolume:
+    """`volume` of those of `ids` (int32 [K] ascending, None: all) whose slot is -1; natively. slot_of: int32 [F] of a
+    layer whose records are `stride` apart."""
+    return ReadVolume(*native.volume_of_absent(slot_of, ids, stride, record_bytes, alignment, merge_gap_bytes))
+
+
 def plan_reads(
+    starts: np.ndarray,
+    record_bytes: int,
+    *,
+    alignment: int,
+    merge_gap_bytes: int,
+    staging_offset: int,
+    staging_bytes: int,
+) -> ReadPlan | None:
+    """`plan_reads_numpy`, natively: a tenth of its time."""
+    found = native.plan_reads(starts, record_bytes, alignment, merge_gap_bytes, staging_offset, staging_bytes)
+    return None if found is None else ReadPlan(*found)
+
+
+def plan_reads_numpy(
     starts: np.ndarray,
     record_bytes: int,
     *,

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import ReadError
-from cache.reader import Reader, plan_reads
+from cache.reader import Reader, plan_reads, plan_reads_numpy, volume, volume_of_absent
+from cache.store import BundleFile
 
 MIB = 1 << 20
 ENGINES = ["io_uring", "pread", "buffered"]
@@ -630,3 +632,35 @@ def test_pieces_are_the_plan_in_order(num: int, piece: int, most: int) -> None:
         ends = plan.arena_offsets[reads] + plan.lengths[reads]
         for place in plan.record_offsets[records].tolist():  # each record lies in a read of its own piece
             assert ((plan.arena_offsets[reads] <= place) & (place + 1000 <= ends)).any()
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 300])
+@pytest.mark.parametrize("alignment", [1, 512, 4096])
+@pytest.mark.parametrize("gap", [-1, 0, 700, 20_000])
+def test_the_native_plan_is_that_of_numpy(num: int, alignment: int, gap: int) -> None:
+    starts = np.cumsum(np.random.default_rng(num).integers(900, 6000, num)).astype(np.int64)
+    place = {"alignment": alignment, "merge_gap_bytes": gap, "staging_offset": 8192}
+    expected = plan_reads_numpy(starts, 900, **place, staging_bytes=1 << 40)
+    assert expected is not None
+    for room in (expected.num_bytes, max(0, expected.num_bytes - 1)):
+        found, reference = (f(starts, 900, **place, staging_bytes=room) for f in (plan_reads, plan_reads_numpy))
+        assert (found is None) == (reference is None) == (room < expected.num_bytes)
+        if found is not None and reference is not None:
+            for name in ("offsets", "lengths", "arena_offsets", "record_offsets", "first_records"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(reference, name))
+                assert getattr(found, name).dtype == np.int64
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("gap", [-1, 0, 500, 5000])
+def test_the_native_volume_is_that_of_numpy(share: float, gap: int) -> None:
+    layout = BundleLayout.make(40, False, BundleDtype.FP32)
+    file, rng = BundleFile(Path("absent"), layout, 500, (4096,)), np.random.default_rng(0)
+    slot_of = np.where(rng.random(500) < 0.3, np.arange(500), -1).astype(np.int32)
+    ids = np.flatnonzero(rng.random(500) < share).astype(np.int32)
+    for wanted in (ids, None):
+        absent = np.flatnonzero(slot_of < 0) if wanted is None else wanted[slot_of[wanted] < 0]
+        expected = volume(file.starts(0, absent), layout.record_bytes, 512, gap)
+        assert volume_of_absent(slot_of, wanted, layout.stride, layout.record_bytes, 512, gap) == expected
+    with pytest.raises(IndexError, match="no such neuron"):
+        volume_of_absent(slot_of, np.array([500], np.int32), layout.stride, layout.record_bytes, 512, gap)

@@ -1,6 +1,7 @@
 // Python's view of the reader and of records: checks lengths and ranges, drops the GIL, calls the loops.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <limits>
@@ -9,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "planning.h"
 #include "reader.h"
 #include "records.h"
 
@@ -20,6 +22,7 @@ namespace {
 using Arena = nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Int64s = nb::ndarray<const int64_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Int32s = nb::ndarray<const int32_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Uint64s = nb::ndarray<const uint64_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 EngineKind engine_kind(const std::string& name) {
@@ -170,6 +173,45 @@ int64_t py_first_bad_record(Bytes arena, Int64s offsets, int64_t checksum_offset
   return first_bad_record(arena.data(), places.data(), count, weights.data(), words, seed);
 }
 
+// An int64 array of Python's own, its first `count` elements those of the vector.
+nb::object to_numpy(std::vector<int64_t>&& values, size_t count) {
+  auto* kept = new std::vector<int64_t>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, int64_t, nb::ndim<1>>(kept->data(), {count}, owner));
+}
+
+// (offsets, lengths, arena_offsets, record_offsets, first_records); None when they are more than staging_bytes.
+nb::object py_plan_reads(Int64s starts, int64_t record_bytes, int64_t alignment, int64_t merge_gap,
+                         int64_t staging_offset, int64_t staging_bytes) {
+  if (alignment < 1 || record_bytes < 1) throw nb::value_error("alignment and record_bytes: at least 1");
+  const size_t count = starts.shape(0);
+  std::vector<int64_t> offsets(count), lengths(count), places(count), first(count), records(count);
+  const PlanArgs args{starts.data(),  static_cast<int64_t>(count), record_bytes,  alignment,     merge_gap,
+                      staging_offset, offsets.data(),              lengths.data(), places.data(), first.data(),
+                      records.data()};
+  int64_t total = 0;
+  const auto reads = static_cast<size_t>(plan_reads(args, &total));
+  if (total > staging_bytes) return nb::none();
+  return nb::make_tuple(to_numpy(std::move(offsets), reads), to_numpy(std::move(lengths), reads),
+                        to_numpy(std::move(places), reads), to_numpy(std::move(records), count),
+                        to_numpy(std::move(first), reads));
+}
+
+// (requests, bytes) of the absent among `ids`, or among all.
+nb::tuple py_volume_of_absent(Int32s slot_of, std::optional<Int32s> ids, int64_t stride, int64_t record_bytes,
+                              int64_t alignment, int64_t merge_gap) {
+  const auto num = static_cast<int64_t>(slot_of.shape(0));
+  const int64_t count = ids ? static_cast<int64_t>(ids->shape(0)) : num;
+  for (int64_t i = 0; ids && i < count; ++i) {
+    if (ids->data()[i] < 0 || ids->data()[i] >= num) throw nb::index_error("there is no such neuron");
+  }
+  const VolumeArgs args{slot_of.data(), ids ? ids->data() : nullptr, num, count, stride, record_bytes, alignment,
+                        merge_gap};
+  int64_t requests = 0, bytes = 0;
+  volume_of_absent(args, &requests, &bytes);
+  return nb::make_tuple(requests, bytes);
+}
+
 }  // namespace
 
 NB_MODULE(_reader, m) {
@@ -185,6 +227,10 @@ NB_MODULE(_reader, m) {
       .def("drain", &PyReader::drain)
       .def("close", &PyReader::close)
       .def("inject", &PyReader::inject);
+  m.def("plan_reads", &py_plan_reads, nb::arg("starts").noconvert(), nb::arg("record_bytes"), nb::arg("alignment"),
+        nb::arg("merge_gap"), nb::arg("staging_offset"), nb::arg("staging_bytes"));
+  m.def("volume_of_absent", &py_volume_of_absent, nb::arg("slot_of").noconvert(), nb::arg("ids").noconvert().none(),
+        nb::arg("stride"), nb::arg("record_bytes"), nb::arg("alignment"), nb::arg("merge_gap"));
   m.def("copy_records", &py_copy_records, nb::arg("arena").noconvert(), nb::arg("from_offsets").noconvert(),
         nb::arg("to_offsets").noconvert(), nb::arg("num_bytes"));
   m.def("first_bad_record", &py_first_bad_record, nb::arg("arena").noconvert(), nb::arg("offsets").noconvert(),
