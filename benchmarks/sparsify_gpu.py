@@ -21,7 +21,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +39,7 @@ from runtime.checkpoint import open_checkpoint  # noqa: E402
 from runtime.distill import ACTS, Recipe, Report, Sparsifier  # noqa: E402
 from runtime.quantise import codes  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
-from runtime.served import perplexity  # noqa: E402
+from runtime.served import find_thresholds, perplexity, serve_rule  # noqa: E402
 from runtime.student import Decoder, load_teacher, student_of  # noqa: E402
 from runtime.student_checkpoint import write_figures, write_student  # noqa: E402
 from runtime.teacher import SelfSampler  # noqa: E402
@@ -50,10 +50,12 @@ PART_BYTES = 50 << 20  # of what is sent with one command
 FILE_BYTES = 15 << 20  # of a file that comes back: under 16 MiB
 TEXTS = ROOT / "runtime" / "texts"
 MODEL_FILE, FIGURES_FILE = "teacher.gguf", "sparsify.json"
-TRIAL_STEPS, TRIAL_SKIPPED = 36, 5  # twelve of each phase; the first ones of a phase compile
+TRIAL_STEPS, TRIAL_SKIPPED = 36, 5  # twelve of each phase; the first ones of a phase compile, the very first writes
+EVALUATIONS = 10  # of a run: each costs some steps
 MARGIN = 0.95  # of the time is planned: saving, evaluating, a slower clock
 END_S = 60.0  # of --total-seconds, for the last figures and the files
 SAMPLES, SAMPLE_SEED = 64, 1_000_003
+STUDENT_SHARES, TEACHER_SHARES = (0.02, 0.04, 0.06, 0.08, 0.12, 0.2), (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 DOMINANT = 0.35  # of a layer's contribution energy: what one neuron may hold
 
 
@@ -148,10 +150,12 @@ def planned(options: argparse.Namespace, asked: job.SparsifyOptions, model: str,
     kept = options.work / f"{name_of(options)}-plan.json"
     if options.tokens:
         recipe = job.fitted(job.recipe_for(config, replace(asked, tokens=options.tokens)), config, device)
-        return replace(recipe, bits=options.bits)
+        return replace(recipe, bits=options.bits, evaluations=EVALUATIONS)
     if kept.is_file():
         return Recipe(**json.loads(kept.read_text()))
-    recipe = replace(job.fitted(job.recipe_for(config, asked), config, device), bits=options.bits)
+    recipe = replace(
+        job.fitted(job.recipe_for(config, asked), config, device), bits=options.bits, evaluations=EVALUATIONS
+    )
     pace = seconds_a_step(recipe, asked, model, device)
     steps = max(1, int(MARGIN * 60 * options.minutes / pace))
     recipe = replace(recipe, tokens=steps * recipe.batch * recipe.window)
@@ -164,7 +168,14 @@ def seconds_a_step(recipe: Recipe, asked: job.SparsifyOptions, model: str, devic
     """Of training, phases weighted as the recipe has them, and of the teacher's writing for it."""
     checkpoint = open_checkpoint(model)
     num_tokens = TRIAL_STEPS * recipe.batch * recipe.window
-    short = replace(recipe, tokens=num_tokens, sampled=recipe.batch, layers=1 / 3, served=1 / 3, evaluations=1)
+    short = replace(
+        recipe,
+        tokens=num_tokens,
+        sampled=max(recipe.batch, TRIAL_STEPS * recipe.batch // recipe.passes),
+        layers=1 / 3,
+        served=1 / 3,
+        evaluations=1,
+    )
     material = material_of(Tokenizer.from_checkpoint(checkpoint), model, short, asked)
     run = job.start(checkpoint, short, material, device, Ranks())
     times: dict[str, list[float]] = {}
@@ -224,7 +235,29 @@ def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]
         "largest_share_outside_layer_0": top,
         "no_dominant_neuron": top <= max(DOMINANT, *teacher["top_shares"]),
     }
-    return {"samples": samples, "checks": checks}
+    curves = {
+        "curve_student": quality_curve(run.student, material, STUDENT_SHARES),
+        "curve_teacher": quality_curve(run.teacher, material, TEACHER_SHARES),
+    }
+    return {"samples": samples, "checks": checks, **curves}
+
+
+def quality_curve(decoder: Decoder, material: job.Material, shares: Sequence[float]) -> list[dict[str, float]]:
+    """Held-out perplexity with thresholds (an oracle's) at each share of active neurons, found on the calibration text;
+    bytes: of a token's active bf16 vectors, three a gated neuron, two without."""
+    config, device = decoder.config, decoder.head.device
+    calibration, heldout = material.calibration.to(device), material.heldout.to(device)
+    neuron = 2 * config.hidden_size * (3 if config.gated else 2)
+    rows = []
+    for share in shares:
+        counts: list[float] = []
+        value, error = perplexity(
+            decoder, heldout, serve_rule(find_thresholds(decoder, calibration, share), None, counts)
+        )
+        active = sum(counts) / len(counts)
+        num_bytes = active * neuron * config.intermediate_size * config.num_hidden_layers
+        rows.append({"active": active, "bytes": num_bytes, "perplexity": value, "standard_error": error})
+    return rows
 
 
 # --- What comes back ---

@@ -53,6 +53,12 @@ class AdamW:
                 parameter.mul_(1 - lr * self._weight_decay)
         torch._foreach_addcdiv_(parameters, first, scale, -lr / (1 - BETAS[0] ** self._steps))
 
+    def forget(self) -> None:
+        """Moments and the number of steps as at the beginning."""
+        for moment in (*self._first.values(), *self._second.values()):
+            moment.zero_()
+        self._steps = 0
+
     def state(self) -> dict[str, torch.Tensor]:
         """The moments by name, for a file; `load_state` takes them back together with the number of steps."""
         return {f"first.{n}": t for n, t in self._first.items()} | {f"second.{n}": t for n, t in self._second.items()}

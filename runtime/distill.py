@@ -54,10 +54,10 @@ class Recipe:
     batch: int = 64  # windows a step, of all processes together
     micro: int = 64  # windows a backward pass
     sampled: int = 2048  # texts that the teacher writes at once
-    passes: int = 2  # how often the student sees each
+    passes: int = 4  # how often the student sees each
     text_share: float = 0.25  # of a batch, where texts are given
     lr: float = 2.5e-3
-    warm_up: float = 0.02  # shares of the steps, this one and the next two
+    warm_up: float = 0.05  # shares of the steps, this one and the next two
     layers: float = 0.05
     served: float = 0.6
     cett: float = 0.1  # at which the pressed share is measured
@@ -75,11 +75,14 @@ class Recipe:
         return max(1, self.tokens // (self.batch * self.window))
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then cosine to a twentieth."""
-        first = max(1, round(self.warm_up * self.steps))
-        if step < first:
-            return self.lr * (step + 1) / first
-        return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, self.steps - first))))
+        """Linear warm-up of each of the two losses, layers' and logits', and a cosine to a twentieth over all steps.
+
+        The full rate on the first gradients of a new loss, which all point the same way, undoes what was there.
+        """
+        turn = round(self.layers * self.steps)
+        since, warm = (step, turn / 2) if step < turn else (step - turn, self.warm_up * self.steps)
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * cosine * min(1.0, (since + 1) / max(1.0, warm))
 
     def phase(self, step: int) -> str:
         """layers, press or served."""
@@ -205,6 +208,8 @@ class Sparsifier:
 
     def _begin(self, step: int, phase: str) -> None:
         """Thresholds at the beginning of a phase and every `refresh` steps of it; rounding for the last third."""
+        if step and phase == "press" != self.recipe.phase(step - 1):
+            self._adamw.forget()  # moments of another loss
         if 3 * step >= 2 * self.recipe.steps:
             for block in self.student.blocks:
                 block.mlp.bits = self.recipe.bits
