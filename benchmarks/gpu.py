@@ -32,8 +32,9 @@ END_S = 3.0  # of --seconds: for the last line
 
 
 def ceilings_group(options: argparse.Namespace, results: Results) -> None:
-    from benchmarks.gpu_ceilings import ceilings
+    from benchmarks.gpu_ceilings import ceilings, overheads
 
+    results.step("overheads", overheads)
     results.step("ceilings", ceilings)
 
 

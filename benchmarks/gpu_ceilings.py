@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_results import Figures
+from cache.budget import process_bytes
 from runtime.gpu_machine import kernel_seconds, record_bandwidth, seconds
 from runtime.kernels.triton_read import sum_records
 
@@ -13,6 +14,19 @@ RECORD_BYTES = (2048, 4096, 8192, 10304, 16384, 24640)  # 10,304: AFM-4.5B's in 
 GEMM_ROWS, GEMM_SHAPE = 2048, (18432, 2560)
 _PINNED_BYTES = 1 << 30
 _RESIDENT_BYTES = 2 << 30
+
+
+def overheads() -> Figures:
+    """What CUDA takes beside tensors, in a process that has not used it yet: GPU memory (nobody else may use the GPU),
+    and main memory. After a Triton kernel and a product, since both load code and take workspaces."""
+    before = process_bytes()
+    record_bandwidth(torch.empty(1 << 20, dtype=torch.int32, device="cuda"), 4096)
+    gemm_rate()
+    kernel_seconds()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    own = total - free - torch.cuda.memory_reserved()
+    return {"context_bytes": own, "main_memory_bytes": process_bytes() - before, "main_memory_before_bytes": before}
 
 
 def ceilings() -> Figures:
