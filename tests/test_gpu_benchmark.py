@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import counted
+from benchmarks.gpu_decode import Counted, measure_decode
 from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
 from benchmarks.gpu_parts import join, write_parts, write_records
 from benchmarks.gpu_peers import decode_times, random_model
@@ -147,3 +148,38 @@ def test_a_cap_grows_by_the_slots_that_a_shape_keeps() -> None:
     grown = weight_cap(plans[20]) - weight_cap(plans[0])
     predictors = plans[20].gpu_details["predictor.weights"] - plans[0].gpu_details["predictor.weights"]
     assert grown == plans[20].slab_bytes + predictors and plans[20].prefill_chunk == 2048
+
+
+class _Steady:
+    """Takes what its misses take on a link of 1,000 bytes a second, and a tenth more."""
+
+    fixed_bytes, slots_per_layer = 0, (NEURONS // 2,)
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay, self._token, self._counted = replay, 0, Counted(0, 0, 0, 0, 0, 0)
+
+    def decode(self, num_steps: int) -> list[float]:
+        times = []
+        for _ in range(num_steps):
+            active = self._replay.active(0, self._token)
+            hits = int(active[: NEURONS // 2].sum())
+            misses = int(active.sum()) - hits
+            c = self._counted
+            self._counted = Counted(c.lookups + hits + misses, c.hits + hits, c.missed_bytes + misses * 10, 0, 0, 0)
+            times.append(misses * 10 / 1000 * 1.1)
+            self._token += 1
+        return times
+
+    def counted(self) -> Counted:
+        return self._counted
+
+
+def test_decode_is_held_against_what_was_counted() -> None:
+    replay = Replay(make_trace(layers=1)[0], 1, NEURONS)
+    ceilings = {"zero_copy_bytes_per_s": {"10": 1000}, "read_bytes_per_s": {"10": 1e9}, "pinned_copy_bytes_per_s": 2000}
+    found = measure_decode(_Steady(replay), replay, 10, ceilings, tokens=40)
+    assert found["over_floor"] == pytest.approx(1.1)
+    assert found["missed_bytes_per_step"] == found["misses_per_step"] * 10
+    assert found["link_share"] == pytest.approx(found["link_bytes_per_s"] / 2000)
+    assert found["active_share"] == pytest.approx(make_trace(layers=1)[1].mean())
+    assert found["misses_over_reference"] == pytest.approx(1.0, abs=0.2)  # the static set of a text that never changes

@@ -1,0 +1,77 @@
+"""Decode of a large shape with the sets of a trace, against its floor and the reference policy: figures from counts.
+
+Knows a model by what it counts (`Traced`), the trace and the ceilings; not how a step is made.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
+from benchmarks.gpu_results import Figures
+from benchmarks.traces import Replay
+from cache.stats import Subtractable
+
+WARM_TOKENS, TOKENS = 48, 96
+
+
+@dataclass(frozen=True, slots=True)
+class Counted(Subtractable):
+    """Since the model was made: neurons of the steps' unions, those resident, and bytes of records read from either
+    memory (a neuron that an activation silences reads no down vector); layers that overflowed; records swapped in."""
+
+    lookups: int
+    hits: int
+    missed_bytes: int
+    hit_bytes: int
+    overflow: int
+    swapped: int
+
+
+class Traced(Protocol):
+    """A large shape whose sets a trace decides. fixed_bytes: of GPU memory that every step reads besides records:
+    attention, head, predictor; keys and values of the context are added to them."""
+
+    fixed_bytes: int
+    slots_per_layer: tuple[int, ...]
+
+    def decode(self, num_steps: int) -> list[float]:
+        """Seconds of each step, the last ones included in what is counted."""
+
+    def counted(self) -> Counted: ...
+
+
+def measure_decode(
+    model: Traced, replay: Replay, record_bytes: int, ceilings: Figures, rows: int = 1, tokens: int = TOKENS
+) -> Figures:
+    """After a warm-up, in which the hot set settles on the text. Means: bytes and times of the same steps, swaps too."""
+    model.decode(WARM_TOKENS)
+    before = model.counted()
+    times = model.decode(tokens)
+    moved = model.counted() - before
+    step_s, bandwidths = statistics.fmean(times), Bandwidths.of(ceilings, record_bytes)
+    missed, resident = moved.missed_bytes / tokens, model.fixed_bytes + moved.hit_bytes / tokens
+    floor = floor_s(missed, resident, bandwidths)
+    reference = reference_misses(replay, model.slots_per_layer, WARM_TOKENS, tokens, rows)
+    misses = (moved.lookups - moved.hits) / tokens
+    return {
+        "rows": rows,
+        "tokens_per_s": rows / step_s,
+        "s_per_step": step_s,
+        "s_per_step_median": statistics.median(times),
+        "floor_s": floor,
+        "over_floor": step_s / floor,
+        "active_share": moved.lookups / tokens / (replay.num_layers * replay.num_neurons),
+        "slots_per_layer": model.slots_per_layer[0],
+        "misses_per_step": misses,
+        "reference_misses_per_step": reference,
+        "misses_over_reference": misses / reference if reference else None,
+        "missed_bytes_per_step": missed,
+        "resident_bytes_per_step": resident,
+        "link_bytes_per_s": missed / step_s,
+        "link_share": missed / step_s / ceilings["pinned_copy_bytes_per_s"],
+        "overflow": moved.overflow,
+        "swapped_per_step": moved.swapped / tokens,
+    }
