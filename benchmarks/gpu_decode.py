@@ -46,7 +46,7 @@ class Traced(Protocol):
 def measure_decode(
     model: Traced, replay: Replay, record_bytes: int, ceilings: Figures, rows: int = 1, tokens: int = TOKENS
 ) -> Figures:
-    """After a warm-up, in which the hot set settles on the text. Means: bytes and times of the same steps, swaps too."""
+    """After a warm-up, in which the hot set settles on the text. Means over the same steps, swaps included."""
     model.decode(WARM_TOKENS)
     before = model.counted()
     times = model.decode(tokens)
