@@ -1,9 +1,9 @@
 """Tokens a second before anything has run: from how often neurons are needed, the device curve and the machine's speed.
 
 Knows frequencies, records and seconds; not what tokens are. One sequence, decode. The cache is taken to hold each
-layer's most frequent neurons (a policy that learns has about 2 % more of the lookups), a token to need each of the
-others by itself with its frequency, and reads to be waited for, but where a layer is streamed, which overlaps them with
-the multiply. Shapes: L layers, F neurons.
+layer's most frequent neurons (a policy that learns has about 2 % more of the lookups), and a token to need each of the
+others by itself with its frequency. What is there is checked and computed with while the rest is read, so that a layer
+takes the longer of the two, and the end of the shorter. Shapes: L layers, F neurons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from cache.reader import volume
 from cache.store import BundleFile
 
 _SAMPLES = 16  # tokens drawn for each layer
-_CALLS = 60  # small operations of a layer that cost their call and no more
+_CALLS = 150  # small operations of a layer that cost their call and no more
+_NEURON_S = 15e-9  # of masks, look-up and counting, for each neuron there is
+_SCATTERED = 0.7  # of the speed at which matrices are read: records lie apart
+_CHECK_BYTE_S = 0.2e-9  # of checking or copying a byte that was streamed or read: 5 GB/s
+_LAST_PIECE = 1 / 8  # of what is read comes last, when nothing is left to hide behind
 _LARGEST_READ = 1 << 20
 
 
@@ -78,8 +82,10 @@ def forecast(
         absent[np.argsort(-frequency[layer], kind="stable")[:num_slots]] = False
         requests, num_bytes = _reads(file, layer, np.where(absent, share, 0.0), terms, rng)
         read_s = terms.cost.seconds(requests, num_bytes, float(num_bytes > 0))
-        ffn_s = float(share.sum()) * file.layout.record_bytes / machine.bytes_per_s
-        total_s += max(read_s, ffn_s) if share.min() >= 1.0 else read_s + ffn_s
+        ffn_s = float(share.sum()) * file.layout.record_bytes / (machine.bytes_per_s * _SCATTERED)
+        checked = file.layer_bytes if num_bytes and share.min() >= 1.0 else num_bytes  # streamed: what stays is copied
+        busy_s = ffn_s + checked * _CHECK_BYTE_S
+        total_s += max(read_s, busy_s) + min(read_s, busy_s) * _LAST_PIECE + file.num_neurons * _NEURON_S
         needed, hits = needed + float(share.sum()), hits + float(share[~absent].sum())
         read_bytes, num_requests, disk_s = read_bytes + num_bytes, num_requests + requests, disk_s + read_s
     return Forecast(1 / total_s, disk_s, total_s - disk_s, read_bytes, num_requests, hits / max(needed, 1e-9))

@@ -10,7 +10,7 @@ import pytest
 from cache.bundle import BundleDtype, BundleLayout
 from cache.device_curve import ReadCost
 from cache.store import BundleFile
-from runtime.forecast import _CALLS, Machine, ReadTerms, forecast
+from runtime.forecast import _CALLS, _LAST_PIECE, _NEURON_S, _SCATTERED, Machine, ReadTerms, forecast
 from runtime.gpu_forecast import GpuMachine, gpu_forecast
 from runtime.gpu_plan import DeviceMemory
 from runtime.kernels import select
@@ -25,13 +25,14 @@ LAYOUT = BundleLayout.make(64, True, BundleDtype.FP32)
 FILE = BundleFile(Path("absent"), LAYOUT, NEURONS, (0, NEURONS * LAYOUT.stride))
 TERMS = ReadTerms(ReadCost(1e-4, 1e-5, 1e-9), 0, 512)
 MACHINE = Machine(1e9, 1e-6)
+SMALL_S = LAYERS * (_CALLS * 1e-6 + NEURONS * _NEURON_S)  # calls, masks and look-up
 GPU = GpuMachine(1e11, 1e9, 1e-6)
 
 
 def test_with_all_resident_only_computing_takes_time() -> None:
     frequency = np.full((LAYERS, NEURONS), 0.25)
     found = forecast(FILE, [NEURONS] * LAYERS, frequency, 1_000_000, TERMS, MACHINE)
-    expected = 1e-3 + LAYERS * _CALLS * 1e-6 + LAYERS * 100 * LAYOUT.record_bytes / 1e9
+    expected = 1e-3 + SMALL_S + LAYERS * 100 * LAYOUT.record_bytes / (1e9 * _SCATTERED)
     assert found.tokens_per_s == pytest.approx(1 / expected)
     assert (found.disk_s, found.read_bytes, found.num_requests, found.hit_share) == (0, 0, 0, 1)
 
@@ -51,8 +52,10 @@ def test_a_streamed_layer_hides_the_multiply_behind_the_reads() -> None:
     ones = np.ones((LAYERS, NEURONS))
     found = forecast(FILE, [0] * LAYERS, ones, 0, TERMS, MACHINE)
     assert forecast(FILE, [0] * LAYERS, ones * 0.1, 0, TERMS, MACHINE, dense=True) == found
-    slower = forecast(FILE, [0] * LAYERS, ones, 0, TERMS, Machine(1e6, 1e-6))
-    assert found.tokens_per_s == pytest.approx(1 / (found.disk_s + LAYERS * _CALLS * 1e-6))
+    slower, idle = (forecast(FILE, [0] * LAYERS, ones, 0, TERMS, Machine(s, 1e-6)) for s in (1e6, 1e15))
+    checks_s = LAYERS * FILE.layer_bytes * 0.2e-9
+    assert idle.tokens_per_s == pytest.approx(1 / (found.disk_s + checks_s * _LAST_PIECE + SMALL_S))
+    assert found.disk_s < 1 / found.tokens_per_s < found.disk_s + LAYERS * FILE.layer_bytes / 1e9
     assert slower.tokens_per_s < found.tokens_per_s / 10  # then computing is what takes the time
 
 
