@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cache.errors import UnsupportedError
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+CPU = Path("/sys/devices/system/cpu")
 
 _PAGE = 4096
 _MIB = 1 << 20
@@ -101,6 +102,15 @@ def budget_margin(bound_bytes: int) -> int:
 def cpu_quota(proc: Path = PROC, cgroup: Path = CGROUP) -> float | None:
     """CPUs that cgroups allow, such as 1.5; None without a quota."""
     return min(_quotas(proc, cgroup), default=None)
+
+
+def physical_cores(cpus: Iterable[int], root: Path = CPU) -> int:
+    """Cores that these processors belong to: two threads of one core read memory no faster than one does.
+
+    As many as there are processors where the kernel does not say.
+    """
+    lists = (_lines(root / f"cpu{cpu}" / "topology" / "thread_siblings_list") or [f"cpu{cpu}"] for cpu in cpus)
+    return len({lines[0] for lines in lists})
 
 
 def give_back_freed_memory() -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache.budget import cpu_quota, detect_memory, process_bytes, trim_heap
+from cache.budget import cpu_quota, detect_memory, physical_cores, process_bytes, trim_heap
 from cache.bundle import BundleLayout
 from cache.device_curve import DeviceCurve, cost_and_gap, device_curve, reader_info
 from cache.errors import ColdstreamError, FormatError, FormatKind, UnsupportedError
@@ -436,10 +436,10 @@ def _engine_config(plan: Plan, options: LoadOptions) -> EngineConfig:
 
 
 def _num_threads(asked: int | None) -> int:
-    """--threads, else the cores that this process may use, CPU quota respected."""
+    """--threads, else the physical cores that this process may use, CPU quota respected."""
     if asked is not None:
         return asked
-    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    cores, quota = physical_cores(os.sched_getaffinity(0)), cpu_quota()
     return cores if quota is None else max(1, min(cores, round(quota)))
 
 

@@ -107,7 +107,7 @@ GpuMemory = Annotated[str | None, _option("--gpu-memory", "Bytes of GPU memory t
 DeviceOpt = Annotated[Device | None, _option("--device", "Where to compute", panel=_RUN)]
 DtypeOpt = Annotated[Dtype | None, _option("--dtype", "Numbers of the resident weights and of KV", panel=_RUN)]
 Threads = Annotated[
-    int | None, _option("--threads", "Threads to compute with; all cores allowed, unless given", panel=_RUN)
+    int | None, _option("--threads", "Threads to compute with; all physical cores allowed, unless given", panel=_RUN)
 ]
 ModeOpt = Annotated[Mode | None, _option("--mode", "How the FFN is computed", panel=_RUN)]
 CettOpt = Annotated[

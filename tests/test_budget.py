@@ -15,6 +15,7 @@ from cache.budget import (
     detect_memory,
     format_size,
     parse_size,
+    physical_cores,
     process_bytes,
     smallest_staging_bytes,
 )
@@ -208,3 +209,14 @@ print(int(given), process_bytes() - before)
     if not given:
         pytest.skip("mallopt: this C library has none")
     assert kept < 4 << 20
+
+
+def test_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings + "\n")
+    assert physical_cores({0, 1, 2, 3}, tmp_path) == 2
+    assert physical_cores({0, 2}, tmp_path) == 1
+    assert physical_cores({0, 1, 7, 8}, tmp_path) == 4  # of two the kernel says nothing
+    assert physical_cores(range(3), tmp_path / "absent") == 3
