@@ -117,9 +117,9 @@ def ratios(rows: Sequence[Run]) -> Iterator[Run]:
 
 def plan_errors(rows: Sequence[Run]) -> Iterator[Run]:
     """plan's tokens/s over bench's, less one."""
-    named = {row["name"]: row for row in rows if row["stage"] == "plan" and "failed" not in row}
+    named = {row["name"]: row for row in rows if row["stage"] in ("plan", "decode") and "failed" not in row}
     for name, row in named.items():
-        bench = named.get(name.replace("plan ", "bench "))
+        bench = named.get(name.replace("plan ", "bf16 "))
         said = (row.get("expected") or {}).get("tokens_per_s")
         if name.startswith("plan ") and bench is not None and said:
             error = said / bench["tokens_per_s"] - 1
