@@ -64,6 +64,7 @@ def forecast(
     slots_per_layer: Sequence[int],
     frequency: np.ndarray,
     other_bytes: int,
+    streamed_bytes: int,
     terms: ReadTerms,
     machine: Machine,
     dense: bool = False,
@@ -71,11 +72,13 @@ def forecast(
     """frequency [L, F]: share of tokens that need a neuron, from 1 on always; a layer of ones is streamed. dense: every
     token needs all of them, and frequency says only which are resident.
 
-    other_bytes: of all that a token is multiplied with besides records: attention, head, predictor.
+    other_bytes: of all that a token is multiplied with besides records: attention, head, predictor. streamed_bytes: of
+    those that are read for each token.
     """
     rng = np.random.default_rng(0)
-    needed = hits = read_bytes = num_requests = disk_s = 0.0
-    total_s = other_bytes / machine.bytes_per_s + file.num_layers * _CALLS * machine.call_s
+    needed = hits = num_requests = 0.0
+    read_bytes, disk_s = float(streamed_bytes), streamed_bytes * terms.cost.byte_s
+    total_s = disk_s + other_bytes / machine.bytes_per_s + file.num_layers * _CALLS * machine.call_s
     for layer, num_slots in enumerate(slots_per_layer):
         share = np.ones(file.num_neurons) if dense else np.minimum(frequency[layer], 1.0)
         absent = np.ones(file.num_neurons, bool)

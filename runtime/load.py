@@ -44,6 +44,7 @@ from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, m
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
 from runtime.row_file import ROW_DTYPES, RowFile
 from runtime.sparse import Sparse, sparse_setup
+from runtime.streamed_layers import StreamedLayers
 from runtime.tokenizer import Tokenizer
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -209,7 +210,8 @@ def open_forecast(model: str, plan: Plan | GpuPlan, options: PlanOptions) -> For
     frequency = _needs(profile, sparse, plan.mode)
     machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
-    return forecast(packed.bundles, _slots(plan, sparse), frequency, plan.multiplied_bytes, terms, machine, dense)
+    others = plan.multiplied_bytes, plan.streamed_bytes
+    return forecast(packed.bundles, _slots(plan, sparse), frequency, *others, terms, machine, dense)
 
 
 def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuForecast | None:
@@ -260,7 +262,7 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     frequency = _needs(profile, sparse, mode)
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
     dtype = _torch_dtype(options.dtype, config)
-    weights = _load_weights(packed, dtype, progress, rows_on_disk=True)
+    weights = _load_weights(packed, dtype, progress, rows_on_disk=True, streamed=plan.streamed_bytes > 0)
     _warm(cache, progress)
     active_at = None if sparse is None else sparse.active_at
     auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
@@ -294,7 +296,8 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
         terms = ReadTerms(cache.read_cost, cache.merge_gap_bytes, cache.reader_info.alignment)
         machine = measure_machine(kernels, as_numpy(weights.lm_head))
         slots, dense = cache.slots_per_layer, predictor is None
-        return forecast(packed.bundles, slots, frequency, plan.multiplied_bytes, terms, machine, dense)
+        others = plan.multiplied_bytes, plan.streamed_bytes
+        return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense)
 
     return Loaded(engine, decoder, cache, tokenizer, plan, packed, info, expected)
 
@@ -449,19 +452,24 @@ def _torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def _load_weights(packed: Packed, dtype: torch.dtype, progress: Progress, rows_on_disk: bool = False) -> ModelWeights:
-    """The resident part, one tensor at a time. rows_on_disk: those of the embedding, where they may be."""
+def _load_weights(
+    packed: Packed, dtype: torch.dtype, progress: Progress, rows_on_disk: bool = False, streamed: bool = False
+) -> ModelWeights:
+    """The resident part, one tensor at a time. rows_on_disk: those of the embedding, where they may be. streamed: the
+    layers are read by every step."""
     source = _resident_source(packed)
     config = packed.config
     on_disk = rows_on_disk and embedding_stays_on_disk(config) and source.dtype(_EMBEDDING) in ROW_DTYPES
     embed = None if on_disk else source.load(_EMBEDDING).to(dtype)
     layers: list[LayerWeights] = []
-    for i in range(config.num_hidden_layers):
+    for i in range(0 if streamed else config.num_hidden_layers):
         progress("loading", i / config.num_hidden_layers)
         layers.append(load_layer(source, i, dtype))
     head = embed if embed is not None and config.tie_word_embeddings else source.load("lm_head.weight").to(dtype)
     norm = source.load("model.norm.weight").float()
-    return ModelWeights(RowFile(source.entry(_EMBEDDING), dtype) if embed is None else embed, tuple(layers), norm, head)
+    late = StreamedLayers(config.num_hidden_layers, lambda i: load_layer(source, i, dtype))
+    rows = RowFile(source.entry(_EMBEDDING), dtype) if embed is None else embed
+    return ModelWeights(rows, late if streamed else layers, norm, head)
 
 
 def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:

@@ -58,7 +58,7 @@ class LayerWeights:
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     embed_tokens: torch.Tensor | RowFile  # [V, D]
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]  # taken in order, once a step
     norm: torch.Tensor  # [D]
     lm_head: torch.Tensor  # [V, D]; the same object as embed_tokens when tied
 

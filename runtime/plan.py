@@ -29,6 +29,9 @@ from runtime.engine_stats import MemoryLevels
 from runtime.packed import SketchSize
 from runtime.placement import pinned_sizes
 
+_PLAIN = ("bf16", "fp16", "fp32")  # dtypes that are read as they are used
+LAYERS_AT_ONCE = 4  # of attention that is streamed: computed with, just given up, being read, left by a cancelled step
+
 BLOCK_SIZE = 16  # tokens of a KV block
 DEFAULT_MAX_MODEL_LEN = 4096
 PREFILL_CHUNK = 512  # rows
@@ -138,6 +141,7 @@ class Plan:
     prefill_chunk: int
     dtype: str  # of resident matrices and KV: bf16 or fp32
     mode: str
+    streamed_bytes: int = 0  # of attention, read by every step because it does not stay
     details: dict[str, int] = field(default_factory=dict)  # "use.what" -> bytes
     notes: tuple[str, ...] = ()  # sentences for the user
 
@@ -154,7 +158,7 @@ class Plan:
     def multiplied_bytes(self) -> int:
         """Of what every token is multiplied with, records of neurons aside: attention, head, predictor."""
         head = self.details["resident.head"] or self.details["resident.embedding"]
-        return self.details["resident.attention"] + head + self.predictor_bytes
+        return (self.streamed_bytes or self.details["resident.attention"]) + head + self.predictor_bytes
 
     def uses(self) -> dict[str, int]:
         """Bytes planned by use, in the tier cpu; their sum is at most the budget."""
@@ -203,8 +207,11 @@ def make_plan(
     if options.gpu_memory_bytes is not None:
         raise UnsupportedError("--gpu-memory: nothing is kept on a GPU when the CPU computes; leave it out")
     sizes = _Sizes(config, layout, options, sketch_sizes(config) if sketches is None else sketches, process_bytes)
-    smallest = _smallest_budget(sizes)
+    slow = replace(sizes, streams_attention=attention_can_stream(config))
+    needed, smallest = _smallest_budget(sizes), _smallest_budget(slow)
     budget, source = memory_budget(options, host, process_bytes)
+    if smallest <= budget < needed:
+        sizes = slow
     if budget < smallest:
         raise BudgetError(_too_small(sizes, budget, source, smallest), smallest)
     return _divide(sizes, budget, source, smallest, host)
@@ -326,7 +333,12 @@ class ModelSizes:
 
 def embedding_stays_on_disk(config: ModelConfig) -> bool:
     """Whether a token's row is read when it is needed: where the head is another matrix, and rows need no decoding."""
-    return not config.tie_word_embeddings and config.dtype in ("bf16", "fp16", "fp32")
+    return not config.tie_word_embeddings and config.dtype in _PLAIN
+
+
+def attention_can_stream(config: ModelConfig) -> bool:
+    """Whether reading attention by the layer saves memory, and needs no decoding: that would take longer."""
+    return config.num_hidden_layers > LAYERS_AT_ONCE and config.dtype in _PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +346,20 @@ class _Sizes(ModelSizes):
     """All prices in main memory. Nothing here depends on the budget."""
 
     measured_process_bytes: int
+    streams_attention: bool = False  # layer by layer, where all of it does not fit
 
     def resident(self, max_model_len: int) -> dict[str, int]:
         found = ModelSizes.resident(self, max_model_len)
-        return found | {"resident.embedding": 0} if embedding_stays_on_disk(self.config) else found
+        if embedding_stays_on_disk(self.config):
+            found["resident.embedding"] = 0
+        if self.streams_attention:
+            found["resident.attention"] = self.attention_bytes * LAYERS_AT_ONCE // self.config.num_hidden_layers
+        return found
+
+    @property
+    def attention_bytes(self) -> int:
+        """Of all layers."""
+        return ModelSizes.resident(self, 0)["resident.attention"]
 
     @property
     def smallest_staging(self) -> int:
@@ -607,6 +629,7 @@ def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int,
         prefill_chunk=PREFILL_CHUNK,
         dtype=sizes.dtype,
         mode=sizes.options.mode,
+        streamed_bytes=sizes.attention_bytes if sizes.streams_attention else 0,
         details=details,
         notes=tuple(_notes(sizes, shape, budget, host)),
     )
@@ -634,6 +657,9 @@ def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Itera
     if shape.num_sequences < sizes.options.max_num_seqs:
         tokens = shape.num_sequences * shape.max_model_len
         yield f"keys and values hold {tokens} tokens at once; requests beyond that wait for room (--max-num-seqs)"
+    if sizes.streams_attention:
+        read = format_size(sizes.attention_bytes)
+        yield f"attention does not fit either: every step reads its {read} from disk, exact but slow"
     if shape.num_slots < sizes.config.num_hidden_layers:
         yield "no FFN neuron fits the cache: every token reads all it needs from disk"
     free = host.available_bytes + sizes.measured_process_bytes

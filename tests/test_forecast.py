@@ -31,7 +31,7 @@ GPU = GpuMachine(1e11, 1e9, 1e-6)
 
 def test_with_all_resident_only_computing_takes_time() -> None:
     frequency = np.full((LAYERS, NEURONS), 0.25)
-    found = forecast(FILE, [NEURONS] * LAYERS, frequency, 1_000_000, TERMS, MACHINE)
+    found = forecast(FILE, [NEURONS] * LAYERS, frequency, 1_000_000, 0, TERMS, MACHINE)
     expected = 1e-3 + SMALL_S + LAYERS * 100 * LAYOUT.record_bytes / (1e9 * _SCATTERED)
     assert found.tokens_per_s == pytest.approx(1 / expected)
     assert (found.disk_s, found.read_bytes, found.num_requests, found.hit_share) == (0, 0, 0, 1)
@@ -41,7 +41,7 @@ def test_what_is_needed_and_absent_is_read_one_by_one() -> None:
     """Every 10th neuron is always needed, far from the next: each is a request, and 20 of a layer's are resident."""
     frequency = np.zeros((LAYERS, NEURONS))
     frequency[:, ::10] = 1
-    found = forecast(FILE, [20] * LAYERS, frequency, 0, TERMS, MACHINE)
+    found = forecast(FILE, [20] * LAYERS, frequency, 0, 0, TERMS, MACHINE)
     assert found.num_requests == 2 * 20
     assert found.hit_share == 0.5
     assert found.read_bytes == 40 * (LAYOUT.record_bytes + 512)
@@ -50,9 +50,9 @@ def test_what_is_needed_and_absent_is_read_one_by_one() -> None:
 
 def test_a_streamed_layer_hides_the_multiply_behind_the_reads() -> None:
     ones = np.ones((LAYERS, NEURONS))
-    found = forecast(FILE, [0] * LAYERS, ones, 0, TERMS, MACHINE)
-    assert forecast(FILE, [0] * LAYERS, ones * 0.1, 0, TERMS, MACHINE, dense=True) == found
-    slower, idle = (forecast(FILE, [0] * LAYERS, ones, 0, TERMS, Machine(s, 1e-6)) for s in (1e6, 1e15))
+    found = forecast(FILE, [0] * LAYERS, ones, 0, 0, TERMS, MACHINE)
+    assert forecast(FILE, [0] * LAYERS, ones * 0.1, 0, 0, TERMS, MACHINE, dense=True) == found
+    slower, idle = (forecast(FILE, [0] * LAYERS, ones, 0, 0, TERMS, Machine(s, 1e-6)) for s in (1e6, 1e15))
     checks_s = LAYERS * FILE.layer_bytes * 0.2e-9
     assert idle.tokens_per_s == pytest.approx(1 / (found.disk_s + checks_s * _LAST_PIECE + SMALL_S))
     assert found.disk_s < 1 / found.tokens_per_s < found.disk_s + LAYERS * FILE.layer_bytes / 1e9
@@ -61,10 +61,10 @@ def test_a_streamed_layer_hides_the_multiply_behind_the_reads() -> None:
 
 def test_more_slots_and_a_faster_disk_are_never_slower() -> None:
     frequency = np.random.default_rng(0).random((LAYERS, NEURONS)) ** 3
-    rates = [forecast(FILE, [n] * LAYERS, frequency, 0, TERMS, MACHINE).tokens_per_s for n in (0, 50, 200, NEURONS)]
+    rates = [forecast(FILE, [n] * LAYERS, frequency, 0, 0, TERMS, MACHINE).tokens_per_s for n in (0, 50, 200, NEURONS)]
     assert rates == sorted(rates)
     fast = ReadTerms(ReadCost(1e-5, 1e-6, 1e-10), 0, 512)
-    assert forecast(FILE, [50] * LAYERS, frequency, 0, fast, MACHINE).tokens_per_s > rates[1]
+    assert forecast(FILE, [50] * LAYERS, frequency, 0, 0, fast, MACHINE).tokens_per_s > rates[1]
 
 
 def test_the_machine_is_measured() -> None:
@@ -73,7 +73,7 @@ def test_the_machine_is_measured() -> None:
 
 
 def test_a_forecast_is_a_sentence() -> None:
-    found = forecast(FILE, [20] * LAYERS, np.full((LAYERS, NEURONS), 0.2), 0, TERMS, MACHINE)
+    found = forecast(FILE, [20] * LAYERS, np.full((LAYERS, NEURONS), 0.2), 0, 0, TERMS, MACHINE)
     cpu = plan()
     assert "tokens/s for one sequence" in forecast_line(found, cpu) and " requests: " in forecast_line(found, cpu)
     assert "until the model is packed" in forecast_line(None, cpu)
