@@ -49,6 +49,56 @@ def dense_group(options: argparse.Namespace, results: Results) -> None:
     results.step("afm-4.5b streaming 20 %", lambda: streaming(shape, VOCAB_SIZE, cap))
 
 
+def afm_group(options: argparse.Namespace, results: Results) -> None:
+    large_shape("afm-4.5b", "trace-relu2.npz", options, results, batches=(4, 16))
+
+
+def llama_group(options: argparse.Namespace, results: Results) -> None:
+    large_shape("llama-7b", "trace-third.npz", options, results)
+
+
+def large_shape(
+    name: str, trace_file: str, options: argparse.Namespace, results: Results, batches: tuple[int, ...] = ()
+) -> None:
+    """Decode at every residency, 20 % first; batches at 20 %; prefill. One home for all."""
+    import torch
+
+    from benchmarks.gpu_decode import measure_decode
+    from benchmarks.gpu_prefill import prefill
+    from benchmarks.gpu_shapes import shape_plan, weight_cap
+    from benchmarks.gpu_traced import TracedModel, make_home
+    from benchmarks.make_checkpoint import SHAPES
+    from benchmarks.traces import Replay, Trace
+    from cache.bundle import BundleDtype, BundleLayout
+
+    shape, ceilings = SHAPES[name], results.read()["steps"]["ceilings"]
+    layout = BundleLayout.make(shape.hidden_size, shape.gated, BundleDtype.BF16)
+    replay = Replay(Trace.read(options.parts / trace_file), shape.num_hidden_layers, shape.intermediate_size)
+    begin = time.monotonic()
+    home = make_home(shape, layout)
+    say(f"{name}: home of {sum(h.nbytes for h in home) / 1e9:.1f} GB in {time.monotonic() - begin:.1f} s")
+
+    def decode(percent: int, rows: int) -> Figures:
+        slots = shape.intermediate_size * percent // 100
+        model = TracedModel(shape, VOCAB_SIZE, layout, home, replay, slots, rows)
+        cap = weight_cap(shape_plan(shape, VOCAB_SIZE, percent, num_seqs=rows))
+        found = measure_decode(model, replay, layout.stride, ceilings, rows)
+        return found | {"ffn_on_gpu_percent": percent, "gpu_budget_bytes": cap}
+
+    def step(what: str, measure: Callable[[], Figures]) -> None:
+        results.step(f"{name} {what}", measure, options.deadline - 5)
+        torch.cuda.empty_cache()
+
+    for percent in (20, 100, 10, 40):
+        step(f"decode {percent} %", percent)
+    for rows in batches:
+        step(f"batch {rows}", 20, rows)
+    if batches:
+        results.step(
+            f"{name} prefill", lambda: prefill(shape, VOCAB_SIZE, layout, home, ceilings), options.deadline - 5
+        )
+
+
 def accelerate_group(options: argparse.Namespace, results: Results) -> None:
     from benchmarks.gpu_peers import accelerate_offload
     from benchmarks.gpu_shapes import shape_plan, weight_cap
@@ -94,8 +144,10 @@ def counted(output: str) -> Figures:
 Group = Callable[[argparse.Namespace, Results], None]
 GROUPS: dict[str, tuple[Group, float]] = {  # by worth; seconds that a group needs at least
     "ceilings": (ceilings_group, 15),
+    "afm": (afm_group, 40),
     "dense": (dense_group, 20),
     "accelerate": (accelerate_group, 25),
+    "llama": (llama_group, 40),
     "http": (http_group, 60),
     "tests": (tests_group, 30),
 }

@@ -1,14 +1,14 @@
-"""Dense decode in plain PyTorch, batch 1: the bound with everything resident, and whole layers streamed under a cap.
+"""Dense decode in plain PyTorch: the bound with everything resident, and whole layers streamed under a cap.
 
 What a straightforward offloading runtime does, done well: one CUDA graph where all weights are on the GPU; else two
 buffers, filled on a copy stream from registered main memory while the layer before is computed. Random weights.
-Shapes: D hidden, F neurons, H heads, T context.
+Shapes: B rows, D hidden, F neurons, H heads, T context.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,49 +17,80 @@ from benchmarks.gpu_results import Figures
 from benchmarks.gpu_shapes import random_weights
 from benchmarks.make_checkpoint import Shape
 from runtime.gpu_machine import seconds
-from runtime.model import LayerWeights, apply_rope, rms_norm
+from runtime.model import rms_norm
 
 CONTEXT, TOKENS = 256, 5
+_MAPPED = 2  # cudaHostRegisterMapped
 
 
 class Attention:
-    """Everything of a decode step but the FFN, over CONTEXT positions that are already there."""
+    """Everything of a decode step but the FFN, over `context` positions that are already there. Shapes: B rows."""
 
-    def __init__(self, shape: Shape, vocab_size: int, device: str = "cuda") -> None:
-        self.shape, self.weights = shape, random_weights(shape, vocab_size, device=device)
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        kv = (shape.num_hidden_layers, 2, shape.num_key_value_heads, CONTEXT, shape.head_dim)
+    def __init__(
+        self, shape: Shape, vocab_size: int, device: str = "cuda", rows: int = 1, context: int = CONTEXT
+    ) -> None:
+        self.shape, self.rows, self._weights = shape, rows, random_weights(shape, vocab_size, device=device)
+        self._qkv = [torch.cat([w.q_proj, w.k_proj, w.v_proj]) for w in self._weights.layers]
+        self._norms = torch.ones(shape.hidden_size, device=device)
+        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
+        kv = (shape.num_hidden_layers, 2, rows, shape.num_key_value_heads, context, shape.head_dim)
         self._kv = torch.randn(kv, dtype=torch.bfloat16, device=device)
-        angles = torch.rand(1, shape.head_dim // 2, device=device)
-        self._cos, self._sin = angles.cos(), angles.sin()
+        angles = torch.rand(shape.head_dim // 2, device=device)
+        self._cos = torch.cat([angles.cos()] * 2).bfloat16()
+        self._sin = torch.cat([-angles.sin(), angles.sin()]).bfloat16()  # of the halves swapped
 
-    def step(self, ffn: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-        """One token through all layers; the next one is chosen greedily and kept in `token`."""
-        eps = self.shape.rms_norm_eps
-        x = self.weights.embed_tokens[self.token]  # [1, D]
-        for i, w in enumerate(self.weights.layers):
-            x = x + self._attend(i, w, rms_norm(x.float(), w.input_layernorm, eps).to(x.dtype))
-            x = x + ffn(i, rms_norm(x.float(), w.post_attention_layernorm, eps).to(x.dtype))
-        last = rms_norm(x.float(), self.weights.norm, eps).to(x.dtype)
-        self.token.copy_(F.linear(last, self.weights.lm_head).argmax(-1))
+    def step(self, ffn: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """One token of each row through all layers; the next ones are chosen greedily and kept in `token`.
 
-    def _attend(self, layer: int, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        d, keys, values = self.shape.head_dim, *self._kv[layer]
-        q, k, v = (F.linear(x, m).view(1, -1, d) for m in (w.q_proj, w.k_proj, w.v_proj))
-        keys[:, -1], values[:, -1] = apply_rope(k, self._cos, self._sin)[0].to(k.dtype), v[0]
-        query = apply_rope(q, self._cos, self._sin).to(q.dtype).transpose(0, 1)  # [H, 1, d]
-        out = F.scaled_dot_product_attention(query[None], keys[None], values[None], enable_gqa=True)
-        return F.linear(out.view(1, -1), w.o_proj)
+        ffn(layer, normed, residual): residual + FFN(normed), fp32 [B, D] all.
+        """
+        x = self._weights.embed_tokens[self.token].float()  # [B, D]
+        for i in range(self.shape.num_hidden_layers):
+            x = self._attend(i, x)
+            x = ffn(i, self.norm(x), x)
+        logits = F.linear(self.norm(x).bfloat16(), self._weights.lm_head)
+        self.token.copy_(logits.argmax(-1))
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self._norms, self.shape.rms_norm_eps)
+
+    def _attend(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """x fp32 [B, D] plus the layer's attention."""
+        shape, (keys, values) = self.shape, self._kv[layer]  # [B, Hkv, T, d]
+        num_q, num_kv, d = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+        qkv = F.linear(self.norm(x).bfloat16(), self._qkv[layer]).view(self.rows, -1, d)
+        turned = qkv[:, : num_q + num_kv]
+        turned = turned * self._cos + turned.roll(d // 2, -1) * self._sin
+        keys[:, :, -1], values[:, :, -1] = turned[:, num_q:], qkv[:, num_q + num_kv :]
+        query = turned[:, :num_q, None]  # [B, H, 1, d]
+        out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        return x + F.linear(out.reshape(self.rows, -1), self._weights.layers[layer].o_proj)
+
+    def prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """x fp32 [N, D], the rows of one prompt, plus the layer's causal attention over them; keeps nothing."""
+        shape, d = self.shape, self.shape.head_dim
+        num_q, num_kv = shape.num_attention_heads, shape.num_key_value_heads
+        qkv = F.linear(self.norm(x).bfloat16(), self._qkv[layer]).view(x.shape[0], -1, d)
+        turned = qkv[:, : num_q + num_kv]
+        turned = turned * self._cos + turned.roll(d // 2, -1) * self._sin
+        parts = (turned[:, :num_q], turned[:, num_q:], qkv[:, num_q + num_kv :])
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # [1, heads, N, d]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + F.linear(out[0].transpose(0, 1).reshape(x.shape[0], -1), self._weights.layers[layer].o_proj)
 
     @property
     def num_bytes(self) -> int:
         """Read by every step: attention, head, keys and values."""
-        layers = sum(m.nbytes for w in self.weights.layers for m in (w.q_proj, w.k_proj, w.v_proj, w.o_proj))
-        return layers + self.weights.lm_head.nbytes + self._kv.nbytes
+        layers = sum(m.nbytes for m in self._qkv) + sum(w.o_proj.nbytes for w in self._weights.layers)
+        return layers + self._weights.lm_head.nbytes + self._kv.nbytes
+
+    @property
+    def embedding_bytes(self) -> int:
+        return self._weights.embed_tokens.nbytes
 
 
 def multiply(x: torch.Tensor, matrices: torch.Tensor, act: str) -> torch.Tensor:
-    """FFN(x) [1, D] of matrices [2 or 3, F, D]: gate where there is one, up, down transposed."""
+    """FFN(x) bf16 [B, D] of matrices [2 or 3, F, D]: gate where there is one, up, down transposed."""
     h = F.relu(F.linear(x, matrices[0]))
     h = h * h if act == "relu2" else h
     if matrices.shape[0] == 3:
@@ -79,7 +110,7 @@ def dense_graph(shape: Shape, vocab_size: int, ceilings: Figures) -> Figures:
     layers = [random_layer(shape) for _ in range(shape.num_hidden_layers)]
 
     def step() -> None:
-        attention.step(lambda i, x: multiply(x, layers[i], shape.hidden_act))
+        attention.step(lambda i, x, residual: residual + multiply(x.bfloat16(), layers[i], shape.hidden_act))
 
     step_s = graph_seconds(step)
     bound_s = (attention.num_bytes + sum(m.nbytes for m in layers)) / max(ceilings["read_bytes_per_s"].values())
@@ -105,7 +136,10 @@ class Streamed:
     def __init__(self, shape: Shape, num_resident: int) -> None:
         self._shape, self._num_resident = shape, num_resident
         self._resident = [random_layer(shape) for _ in range(num_resident)]
-        self._home = [registered(random_layer(shape)) for _ in range(shape.num_hidden_layers - num_resident)]
+        size = self._resident[0].shape if self._resident else random_layer(shape).shape
+        self._home = [registered(size, torch.bfloat16) for _ in range(shape.num_hidden_layers - num_resident)]
+        for home in self._home:
+            home.copy_(random_layer(shape))
         self._buffers = [torch.empty_like(self._home[0], device="cuda") for _ in range(2)]
         self._copies = torch.cuda.Stream()
         self._filled, self._read = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
@@ -123,7 +157,10 @@ class Streamed:
             self._buffers[index % 2].copy_(self._home[index], non_blocking=True)
             self._filled[index % 2].record()
 
-    def __call__(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual + self._multiply(layer, normed.bfloat16())
+
+    def _multiply(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         if layer < self._num_resident:
             return multiply(x, self._resident[layer], self._shape.hidden_act)
         index = layer - self._num_resident
@@ -138,8 +175,7 @@ def streaming(shape: Shape, vocab_size: int, gpu_bytes: int) -> Figures:
     """Decode under a cap: as many whole layers on the GPU as fit beside the rest and two buffers."""
     attention = Attention(shape, vocab_size)
     layer_bytes = random_layer(shape).nbytes
-    embedding = attention.weights.embed_tokens.nbytes
-    fitting = int((gpu_bytes - attention.num_bytes - embedding) // layer_bytes) - 2
+    fitting = int((gpu_bytes - attention.num_bytes - attention.embedding_bytes) // layer_bytes) - 2
     resident = max(0, min(fitting, shape.num_hidden_layers - 2))
     resident -= (shape.num_hidden_layers - resident) % 2  # if there is no place for all in pairs
     ffn = Streamed(shape, resident)
@@ -166,9 +202,11 @@ def seconds_of(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def registered(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in main memory, page-locked as it is; RuntimeError when the driver refuses."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if error := int(torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)):
-        raise RuntimeError(f"cudaHostRegister of {copy.nbytes} bytes: error {error}")
-    return copy.copy_(tensor)
+def registered(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Main memory, page-locked as it is and known to the GPU; RuntimeError when the driver refuses."""
+    made = torch.empty(tuple(size), dtype=dtype)
+    if torch.cuda.is_available() and (
+        error := int(torch.cuda.cudart().cudaHostRegister(made.data_ptr(), made.nbytes, _MAPPED))
+    ):
+        raise RuntimeError(f"cudaHostRegister of {made.nbytes} bytes: error {error}")
+    return made

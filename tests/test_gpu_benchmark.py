@@ -192,17 +192,16 @@ def test_decode_is_held_against_what_was_counted() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_plain_dense_decode_is_finite_and_its_ffn_the_specification(gated: bool) -> None:
     shape = replace(SHAPES["tiny"], model_type="llama" if gated else "arcee", hidden_act="relu" if gated else "relu2")
-    attention, layers = Attention(shape, 320, "cpu"), [random_layer(shape, "cpu") for _ in range(2)]
+    attention, layers = Attention(shape, 320, "cpu", rows=3), [random_layer(shape, "cpu") for _ in range(2)]
     outs: list[torch.Tensor] = []
 
-    def ffn(layer: int, x: torch.Tensor) -> torch.Tensor:
-        outs.append(multiply(x, layers[layer], shape.hidden_act))
-        gate, up = (layers[layer][0], layers[layer][1]) if gated else (None, layers[layer][0])
-        exact = DenseFFN(
-            shape.hidden_act, None if gate is None else gate.float(), up.float(), layers[layer][-1].float()
-        )
-        torch.testing.assert_close(outs[-1].float(), exact(x.float()), rtol=0.05, atol=0.02)
-        return outs[-1]
+    def ffn(layer: int, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        outs.append(multiply(normed.bfloat16(), layers[layer], shape.hidden_act))
+        *gate, up, down = layers[layer].float()
+        exact = DenseFFN(shape.hidden_act, gate[0] if gate else None, up, down)
+        torch.testing.assert_close(outs[-1].float(), exact(normed), rtol=0.05, atol=0.05)
+        return residual + outs[-1]
 
     attention.step(ffn)
-    assert len(outs) == 2 and torch.isfinite(outs[1].float()).all() and 0 <= int(attention.token) < 320
+    assert len(outs) == 2 and outs[1].shape == (3, 64) and torch.isfinite(outs[1].float()).all()
+    assert attention.token.shape == (3,) and int(attention.token.max()) < 320

@@ -1,0 +1,37 @@
+"""Scores of a sketch's planes on a GPU: a row is the sum of z where its bit is set, doubled, less the sum of all z.
+
+As `runtime/sketches.py` describes it; every row's sum is made in one order, whoever else is in the batch.
+Shapes: B rows, F neurons, R bytes of codes a neuron, M planes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _plane_sums(codes, z, out, num, width, planes, ROWS: tl.constexpr, NEURONS: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, NEURONS, BYTES], tl.float32)
+    total = tl.zeros([ROWS, BYTES], tl.float32)
+    for at in range(0, width, BYTES):
+        place = at + tl.arange(0, BYTES)
+        inside = (neuron[:, None] < num) & (place[None, :] < width)
+        code = tl.load(codes + neuron[:, None].to(tl.int64) * width + place[None, :], mask=inside, other=0).to(tl.int32)
+        for bit in tl.static_range(8):
+            plane = place * 8 + bit
+            zs = tl.load(z + row[:, None] * planes + plane[None, :], mask=(plane < planes)[None, :], other=0.0)
+            total += zs
+            sums += ((code >> bit) & 1).to(tl.float32)[None, :, :] * zs[:, None, :]
+    result = 2.0 * tl.sum(sums, 2) - tl.sum(total, 1)[:, None]
+    tl.store(out + row[:, None] * num + neuron[None, :], result, mask=(neuron < num)[None, :])
+
+
+def plane_sums(codes: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> None:
+    """out fp32 [B, F] of codes uint8 [F, R] and z fp32 [B, M]; bits beyond M count nothing. B a power of two."""
+    (num, width), (rows, planes) = codes.shape, z.shape
+    neurons = 32 if rows == 1 else 8
+    _plane_sums[(-(-num // neurons),)](codes, z, out, num, width, planes, ROWS=rows, NEURONS=neurons, BYTES=64)
