@@ -155,6 +155,8 @@ def prompt_share(rows: Sequence[Run]) -> Run | None:
 
 
 def table(found: Run) -> Iterator[str]:
+    yield from _reader_table(found)
+    yield from _kernel_table(found)
     for stage in ("decode", "whole", "plan", "ablation", "sweep"):
         rows = [row for row in found["rows"] if row["stage"] == stage and not row["name"].startswith("plan ")]
         if not rows:
@@ -165,6 +167,39 @@ def table(found: Run) -> Iterator[str]:
         for row in rows:
             yield f"| {row['name']} | {' | '.join(_cells(row))} |"
     yield from _notes(found)
+
+
+def _reader_table(found: Run) -> Iterator[str]:
+    for row in found["rows"]:
+        if row["stage"] != "reader" or "failed" in row:
+            continue
+        yield "\n### reader, depth 64\n"
+        yield "| read | fio | io_uring | of fio | pread threads | of fio |"
+        yield "|---|--:|--:|--:|--:|--:|"
+        for r in row["rows"]:
+            speeds = [f"{r[f'{way}_bytes_per_s'] / 1e9:.2f} GB/s" for way in ("fio", "io_uring", "pread")]
+            shares = [f"{r[f'{way}_share']:.0%}" for way in ("io_uring", "pread")]
+            cells = [f"{r['read_bytes'] >> 10} KiB", speeds[0], speeds[1], shares[0], speeds[2], shares[1]]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _kernel_table(found: Run) -> Iterator[str]:
+    for row in found["rows"]:
+        if row["stage"] != "kernels" or "failed" in row:
+            continue
+        yield "\n### kernels\n"
+        yield "| | threads | GB/s | of the ceiling | best | target |"
+        yield "|---|--:|--:|--:|--:|--:|"
+        for c in row["cases"]:
+            target = "" if c["target"] is None else f"{c['target']:.0%}"
+            cells = [
+                c["name"],
+                str(c["threads"]),
+                f"{c['gb_per_s']:.1f}",
+                f"{c['share']:.0%}",
+                f"{c['best_share']:.0%}",
+            ]
+            yield f"| {' | '.join([*cells, target])} |"
 
 
 def _cells(row: Run) -> Iterator[str]:
