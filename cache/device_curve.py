@@ -33,7 +33,7 @@ _LARGEST_MERGE_GAP_BYTES = 8 << 10  # wider gaps doubled the bytes and gained no
 _POINT_S = 0.05  # of reading, for each point: 3.5 s in all where there are three ways
 _ARENA_BYTES = 4 << 20
 _WAYS = ("io_uring", "pread", "buffered")
-_MEASURING_DEPTH = 64
+_MEASURING_DEPTH = 256  # as the cache reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ class NeuronCache:
         frequency: np.ndarray,
         *,
         io_engine: str = "auto",
-        queue_depth: int = 64,
+        queue_depth: int = 256,
         curve: DeviceCurve | None = None,
         lookahead: bool = False,
     ) -> None:

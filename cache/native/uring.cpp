@@ -30,7 +30,14 @@ void* map(int fd, uint64_t bytes, uint64_t offset) {
 
 std::unique_ptr<Uring> Uring::open(unsigned depth) {
   io_uring_params p{};
-  const int fd = static_cast<int>(syscall(SYS_io_uring_setup, depth, &p));
+#ifdef IORING_SETUP_COOP_TASKRUN
+  p.flags = IORING_SETUP_COOP_TASKRUN;  // completions wait until the next call: nobody is interrupted for one
+#endif
+  int fd = static_cast<int>(syscall(SYS_io_uring_setup, depth, &p));
+  if (fd < 0 && errno == EINVAL) {  // Linux before 5.19
+    p = io_uring_params{};
+    fd = static_cast<int>(syscall(SYS_io_uring_setup, depth, &p));
+  }
   if (fd < 0) return nullptr;
   std::unique_ptr<Uring> ring(new Uring());
   ring->fd_ = fd;
