@@ -21,7 +21,7 @@ from benchmarks.kernels import random_sketch
 from benchmarks.make_checkpoint import Shape
 from benchmarks.traces import ROW_STEP, Replay
 from cache.bundle import BundleLayout
-from runtime.kernels.triton_planes import plane_sums
+from runtime.kernels.triton_planes import plane_order, plane_sums
 from runtime.kernels.triton_sparse import COUNTERS, LayerRecords, SparseScratch, copy_records, sparse_ffn
 
 DECAY = 0.98
@@ -51,14 +51,13 @@ class Predictor:
         self._codes = [
             [torch.from_numpy(m.codes.copy()).to(device) for m in matrices] for _ in range(shape.num_hidden_layers)
         ]
-        planes = [m.planes() for m in matrices]
-        self._dimension = [torch.from_numpy(d.astype(np.int64)).to(device) for d, _ in planes]
-        self._coefficient = [torch.from_numpy(c).to(device) for _, c in planes]
+        planes = [(*map(torch.from_numpy, m.planes()), m.codes.shape[1]) for m in matrices]
+        self._planes = [tuple(part.to(device) for part in plane_order(*one)) for one in planes]
         self.num_bytes = shape.num_hidden_layers * sketch.num_bytes
 
     def run(self, layer: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """x fp32 [B, D]; out fp32 [B, F] gets the sums of the last matrix."""
-        for codes, dimension, coefficient in zip(self._codes[layer], self._dimension, self._coefficient, strict=True):
+        for codes, (dimension, coefficient) in zip(self._codes[layer], self._planes, strict=True):
             plane_sums(codes, x[:, dimension] * coefficient, out)
 
 

@@ -63,7 +63,7 @@ def _factors(  # type: ignore[no-untyped-def]
         resident = slot >= 0
         place = tl.where(resident, slab + slot.to(tl.int64) * stride, home + neuron.to(tl.int64) * stride)
         missed += tl.where(resident, 0, 1)
-        record = tl.multiple_of(place, ALIGN).to(tl.pointer_type(TYPE))
+        record = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN)
         xs = tl.load(x + row[:, None] * hidden + column[None, :], mask=valid[None, :], other=0.0)
         first = tl.load(record + column, mask=valid, other=0.0).to(tl.float32)
         value = tl.maximum(tl.sum(xs * first[None, :], 1), 0.0)
@@ -99,7 +99,7 @@ def _down(  # type: ignore[no-untyped-def]
             place = tl.where(resident, slab + slot.to(tl.int64) * stride, home + neuron.to(tl.int64) * stride)
             missed += tl.where(resident, 0, 1)
             hits += tl.where(resident, 1, 0)
-            record = tl.multiple_of(place + down_offset, ALIGN).to(tl.pointer_type(TYPE))
+            record = tl.multiple_of((place + down_offset).to(tl.pointer_type(TYPE)), ALIGN)
             vector = tl.load(record + column, mask=valid, other=0.0).to(tl.float32)
             out += factor[:, None] * vector[None, :]
     tl.store(partial + (program * ROWS + row[:, None]) * hidden + column[None, :], out, mask=valid[None, :])
@@ -120,12 +120,12 @@ def _reduce(partial, residual, out, size, programs, BLOCK: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy_records(homes, layers, neurons, target, slots, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _copy_records(homes, layers, neurons, target, slots, words, BLOCK: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Record neurons[i] of the home of layers[i] into slot slots[i], as 8-byte words."""
     i = tl.program_id(0)
     home = tl.load(homes + tl.load(layers + i)).to(tl.pointer_type(tl.int64))
-    source = home + tl.load(neurons + i).to(tl.int64) * words
-    there = target + tl.load(slots + i).to(tl.int64) * words
+    source = tl.multiple_of(home + tl.load(neurons + i).to(tl.int64) * words, ALIGN)
+    there = tl.multiple_of(target + tl.load(slots + i).to(tl.int64) * words, ALIGN)
     for at in range(0, words, BLOCK):
         place = at + tl.arange(0, BLOCK)
         tl.store(there + place, tl.load(source + place, mask=place < words), mask=place < words)
@@ -205,7 +205,7 @@ def sparse_ffn(
         x, scratch.ids, scratch.count, records.slots, slab, home, bytes_mask, scratch.h, c, num, stride, hidden, num,
         GATED=gated, SQUARED=squared, ROWS=rows, D=triton.next_power_of_2(hidden), TYPE=_TYPES[dtype], ALIGN=align,
     )  # fmt: skip
-    tile = min(512, triton.next_power_of_2(hidden))
+    tile = min(1024 if rows <= 4 else 512, triton.next_power_of_2(hidden))  # 16 bytes a thread; sums fit registers
     programs = scratch.partial.shape[0]
     _down[(programs, -(-hidden // tile))](
         scratch.h, scratch.ids, scratch.count, records.slots, slab, home, scratch.partial, c, stride, hidden, num,
@@ -221,5 +221,5 @@ def copy_records(
     """Copies records `neurons` of `layers` (int64 [K] both), read at the homes' addresses int64 [L], into `slots`
     int32 [K] of the slab uint8 [S, stride], whose stride is theirs."""
     if neurons.numel():
-        words = slab.view(torch.int64)
-        _copy_records[(neurons.numel(),)](homes, layers, neurons, words, slots, words.shape[1], BLOCK=1024)
+        words, align = slab.view(torch.int64), math.gcd(slab.shape[1], 16)
+        _copy_records[(neurons.numel(),)](homes, layers, neurons, words, slots, words.shape[1], BLOCK=1024, ALIGN=align)
