@@ -17,9 +17,10 @@ BLOCK_SIZE = 16  # tokens
 
 
 class KVCache:
-    """keys and values [L, num_blocks, block_size, Hkv, d], fp32 or bf16. Nothing is allocated after construction.
+    """keys and values [L, num_blocks, block_size, Hkv, d], fp32 or bf16, on the device (None: in main memory).
 
-    The pages are zero and become resident when first written. ValueError for another dtype or no block.
+    Nothing is allocated after construction. The pages are zero, and of main memory become resident when first written.
+    ValueError for another dtype or no block.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class KVCache:
         num_blocks: int,
         block_size: int = BLOCK_SIZE,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"keys and values are kept in float32 or bfloat16, not in {dtype}")
@@ -36,7 +38,7 @@ class KVCache:
         shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.block_bytes = KVCache.num_bytes(config, block_size, dtype)
-        self.keys = torch.zeros(shape, dtype=dtype)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype)
 
     @staticmethod
@@ -59,7 +61,7 @@ class KVCache:
         """Stores k and v [N, Hkv, d] at `slots` int64 [N], rounded to the cache's dtype."""
         for store, new in ((self.keys, k), (self.values, v)):
             flat = store[layer].flatten(0, 1)  # [num_blocks * block_size, Hkv, d], a view
-            flat.index_copy_(0, slots, new.to(self.dtype))
+            flat.index_copy_(0, slots.to(flat.device), new.to(self.dtype))
 
     def gather(self, layer: int, blocks: np.ndarray, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `num_tokens` keys and values of a sequence, [T, Hkv, d] each.
@@ -72,7 +74,8 @@ class KVCache:
     def _take(self, store: torch.Tensor, blocks: np.ndarray, num_tokens: int) -> torch.Tensor:
         contiguous = bool((np.diff(blocks) == 1).all())
         first = int(blocks[0]) if blocks.size else 0
-        part = store[first : first + blocks.size] if contiguous else store[torch.from_numpy(blocks.astype(np.int64))]
+        index = torch.from_numpy(blocks.astype(np.int64))
+        part = store[first : first + blocks.size] if contiguous else store[index.to(store.device)]
         return part.flatten(0, 1)[:num_tokens]
 
     def layer_arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,15 +39,15 @@ class PlanePredictor:
     def __init__(
         self, sketches: Sequence[PlaneSketch | None], thresholds: np.ndarray, num_pinned: int, kernels: Kernels
     ) -> None:
-        self._sketches = sketches
-        self._thresholds = thresholds.astype(np.float32)
+        self.sketches = sketches
+        self.thresholds = thresholds.astype(np.float32)
         self._num_pinned = num_pinned
         self._kernels = kernels
         self._mask, self._scores = np.empty((0, 0), bool), np.empty((0, 0), np.float32)
         self.num_bytes = sum(s.num_bytes for s in sketches if s is not None)
 
     def predict(self, layer: int, x: np.ndarray) -> np.ndarray | None:
-        sketch = self._sketches[layer]
+        sketch = self.sketches[layer]
         if sketch is None:
             return None
         shape = (x.shape[0], sketch.num_neurons)
@@ -55,7 +55,7 @@ class PlanePredictor:
             self._mask = np.ones(shape, bool)  # the pinned columns stay as they are
             self._scores = np.empty((shape[0], shape[1] - self._num_pinned), np.float32)
         self._kernels.plane_scores(x, sketch, self._scores)
-        np.greater_equal(self._scores, self._thresholds[layer], out=self._mask[:, self._num_pinned :])
+        np.greater_equal(self._scores, self.thresholds[layer], out=self._mask[:, self._num_pinned :])
         return self._mask
 
 

@@ -1,0 +1,299 @@
+"""The decoder on a GPU: decode as one CUDA graph for each number of rows, prompts layer by layer. As `runtime.model`.
+
+What the engine sees is the same: batches in, logits on the host out. A decode step is one copy of its inputs, one
+replay and one copy of its logits; attention, predictor, neurons out of slots or main memory and the head are all in the
+graph. On a CPU the same code runs without graphs and streams (Triton's interpreter), which is how it is tested.
+Shapes: B rows of a bucket, N rows of a batch, D hidden, H heads, d head size, V vocabulary, P blocks of a table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from runtime.batch import Batch, ModelCounters, SequenceView
+from runtime.config import ModelConfig
+from runtime.gpu_ffn import GpuFFN, product
+from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.kernels.triton_neurons import ACTIVE, PREDICTED
+from runtime.kv_cache import KVCache
+from runtime.model import LayerWeights, ModelWeights, apply_rope, rms_norm, rope_tables
+
+_FIELDS = 4  # of a row, before its table: token, position, slot, whether it is live
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """A layer's resident tensors: qkv one below the other."""
+
+    input_layernorm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(H + 2 Hkv) d, D]
+    qkv_bias: torch.Tensor | None
+    o_proj: torch.Tensor  # [D, H d]
+    o_bias: torch.Tensor | None
+    post_attention_layernorm: torch.Tensor  # [D]
+
+    @classmethod
+    def of(cls, w: LayerWeights, device: torch.device) -> GpuLayer:
+        biases = [b for b in (w.q_bias, w.k_bias, w.v_bias) if b is not None]
+        return cls(
+            w.input_layernorm.to(device),
+            torch.cat([w.q_proj.to(device), w.k_proj.to(device), w.v_proj.to(device)]),
+            torch.cat(biases).float().to(device) if biases else None,
+            w.o_proj.to(device),
+            None if w.o_bias is None else w.o_bias.float().to(device),
+            w.post_attention_layernorm.to(device),
+        )
+
+
+class _Bucket:
+    """The fixed tensors of a decode step of up to B rows, and its graph."""
+
+    def __init__(self, rows: int, width: int, vocab_size: int, device: torch.device) -> None:
+        pin = device.type == "cuda"
+        self.rows = rows
+        self.given = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, pin_memory=pin)
+        self.inputs = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, device=device)
+        self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
+        self.answer = torch.empty(rows, vocab_size, dtype=torch.float32, pin_memory=pin)
+        self.replay: Callable[[], None] | None = None
+
+
+class GpuModel:
+    """weights may be anywhere, and are copied to the FFN's device. buckets: row counts that decode is captured for."""
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, ffn: GpuFFN, max_model_len: int, buckets: Sequence[int]
+    ) -> None:
+        self.config, self._ffn, self._device = config, ffn, ffn.slots.device
+        self._layers = [GpuLayer.of(w, self._device) for w in weights.layers]
+        self._embed = torch.as_tensor(weights.embed_tokens).to(self._device)
+        tied = weights.lm_head is weights.embed_tokens
+        self._norm, self._head = (
+            weights.norm.to(self._device),
+            self._embed if tied else weights.lm_head.to(self._device),
+        )
+        self._cos, self._sin = (t.to(self._device) for t in rope_tables(config, max_model_len))
+        self._scale, self._sizes = config.head_dim**-0.5, tuple(sorted(buckets))
+        self._max_model_len = max_model_len
+        self._buckets: dict[int, _Bucket] = {}
+        self._steps: Counter[str] = Counter(sparse=0, dense=0, prefill=0)
+        self._rows = 0
+
+    def counters(self) -> ModelCounters:
+        """As the last decode step that is done left them; waits for nothing."""
+        seen = self._ffn.slots.seen()
+        return ModelCounters(dict(self._steps), seen[ACTIVE], seen[PREDICTED], 0, self._rows, 0)
+
+    @torch.inference_mode()
+    def forward_together(
+        self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]
+    ) -> list[torch.Tensor | None]:
+        """As `runtime.model.Model.forward_together`; `check` is called before a graph and between a prompt's layers."""
+        prompts = [b for b in batches if b.kind != "decode"]
+        logits = iter(self._prompts(prompts, kv, check) if prompts else ())
+        out: list[torch.Tensor | None] = []
+        for batch in batches:
+            if batch.kind != "decode":
+                out.append(next(logits))
+                continue
+            check()
+            out.append(self._decode(batch, kv))
+        for kind in {b.kind for b in batches}:
+            self._steps["prefill" if kind == "prefill" else self._sparse_kind()] += 1
+        return out
+
+    def _sparse_kind(self) -> str:
+        return "dense" if self._ffn.masks is None else "sparse"
+
+    # --- decode ---
+
+    def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor | None:
+        """Logits fp32 [N, V] on the host."""
+        most = self._sizes[-1]
+        parts = [
+            self._decode_rows(_rows_of(batch, start, start + most), kv)
+            for start in range(0, len(batch.sequences), most)
+        ]
+        self._rows += len(batch.sequences) * len(self._layers) if self._ffn.masks is not None else 0
+        return None if batch.logits == "none" else torch.cat(parts)
+
+    def _decode_rows(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        num = len(batch.sequences)
+        bucket = self._bucket(next(b for b in self._sizes if b >= num), kv)
+        given = bucket.given
+        given.zero_()
+        given[:, 2] = -1
+        given[:num, 0], given[:num, 1], given[:num, 2] = batch.token_ids, batch.positions, kv.slots(batch)
+        given[:num, 3] = 1
+        for row, view in enumerate(batch.sequences):
+            width = min(len(view.blocks), given.shape[1] - _FIELDS)
+            given[row, _FIELDS : _FIELDS + width] = torch.from_numpy(view.blocks[:width].astype(np.int64))
+        bucket.inputs.copy_(given, non_blocking=True)
+        if bucket.replay is None:
+            self._step(bucket, kv)
+        else:
+            bucket.replay()
+        bucket.answer.copy_(bucket.logits, non_blocking=True)
+        self._ffn.slots.stepped()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return bucket.answer[:num].clone()
+
+    def capture(self, kv: KVCache) -> None:
+        """Graphs of all buckets, before the first request: compiling and capturing take seconds."""
+        for rows in self._sizes:
+            self._bucket(rows, kv)
+
+    @torch.inference_mode()
+    def _bucket(self, rows: int, kv: KVCache) -> _Bucket:
+        if rows in self._buckets:
+            return self._buckets[rows]
+        width = -(-self._max_model_len // kv.block_size)
+        bucket = _Bucket(rows, width, self.config.vocab_size, self._device)
+        bucket.inputs[:, 2] = -1  # padding alone: nothing is written while it is captured
+        if self._device.type == "cuda":
+            bucket.replay = self._captured(bucket, kv)
+        self._buckets[rows] = bucket
+        return bucket
+
+    def _captured(self, bucket: _Bucket, kv: KVCache) -> Callable[[], None]:
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(bucket, kv)  # compiles, and makes the libraries' workspaces
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(bucket, kv)
+        return graph.replay
+
+    def _step(self, bucket: _Bucket, kv: KVCache) -> None:
+        """bucket.logits of bucket.inputs."""
+        tokens, positions, slots, live = bucket.inputs[:, :_FIELDS].T.contiguous()
+        tables = bucket.inputs[:, _FIELDS:].contiguous()
+        x = self._embed[tokens].float()
+        for layer, w in enumerate(self._layers):
+            x = x + self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
+            h = rms_norm(x, w.post_attention_layernorm, self.config.rms_norm_eps)
+            self._ffn.decode(layer, h, live, x)
+        bucket.logits.copy_(self._logits(x))
+
+    def _attended(
+        self,
+        layer: int,
+        w: GpuLayer,
+        x: torch.Tensor,
+        tokens: tuple[torch.Tensor, torch.Tensor],
+        tables: torch.Tensor,
+        kv: KVCache,
+    ) -> torch.Tensor:
+        """Attention's output of rows x fp32 [B, D], each at its own position of its own sequence."""
+        c, (positions, slots) = self.config, tokens
+        qkv = self._qkv(w, x)
+        q = torch.empty(x.shape[0], c.num_attention_heads, c.head_dim, device=x.device)
+        out = torch.empty_like(q)
+        rotate_and_write(qkv, self._cos, self._sin, positions, slots, q, kv.keys[layer], kv.values[layer])
+        paged_attention(q, kv.keys[layer], kv.values[layer], tables, positions, out, self._scale)
+        return self._projected(w, out)
+
+    def _qkv(self, w: GpuLayer, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, H + 2 Hkv, d], before rotation."""
+        out = linear(rms_norm(x, w.input_layernorm, self.config.rms_norm_eps), w.qkv)
+        return (out if w.qkv_bias is None else out + w.qkv_bias).view(x.shape[0], -1, self.config.head_dim)
+
+    def _projected(self, w: GpuLayer, attended: torch.Tensor) -> torch.Tensor:
+        out = linear(attended.flatten(1), w.o_proj)
+        return out if w.o_bias is None else out + w.o_bias
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(rms_norm(x, self._norm, self.config.rms_norm_eps), self._head)
+
+    # --- prompts, and texts that are scored ---
+
+    def _prompts(self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]) -> list[torch.Tensor | None]:
+        rows = [_Prompt(b, self._embed, kv) for b in batches]
+        dense = [r for r in rows if r.batch.kind == "prefill" or self._ffn.masks is None]
+        sparse = [r for r in rows if r not in dense]
+        for layer, w in enumerate(self._layers):
+            check()
+            for part in rows:
+                part.x = part.x + self._attended_together(layer, w, part, kv)
+            hs = [rms_norm(r.x, w.post_attention_layernorm, self.config.rms_norm_eps) for r in dense]
+            for part, out in zip(dense, self._ffn.prefill(layer, hs) if hs else (), strict=True):
+                part.x = part.x + out
+            for part in sparse:
+                self._scored(layer, w, part)
+        self._ffn.slots.note()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return [self._wanted(part) for part in rows]
+
+    def _scored(self, layer: int, w: GpuLayer, part: _Prompt) -> None:
+        """The FFN of rows under the sparse semantics, as many at a time as decode takes."""
+        size = self._sizes[-1]
+        for start in range(0, part.x.shape[0], size):
+            x = part.x[start : start + size]
+            padded = torch.zeros(size, x.shape[1], device=x.device)
+            padded[: x.shape[0]] = x
+            live = (torch.arange(size, device=x.device) < x.shape[0]).long()
+            h = rms_norm(padded, w.post_attention_layernorm, self.config.rms_norm_eps)
+            self._ffn.decode(layer, h, live, padded)
+            part.x[start : start + size] = padded[: x.shape[0]]
+        if layer == 0:
+            self._rows += part.x.shape[0] * len(self._layers)
+
+    def _attended_together(self, layer: int, w: GpuLayer, part: _Prompt, kv: KVCache) -> torch.Tensor:
+        c, view = self.config, part.batch.sequences[0]
+        q, k, v = torch.split(
+            self._qkv(w, part.x), [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1
+        )
+        cos, sin = self._cos[part.positions], self._sin[part.positions]
+        kv.write(layer, part.slots, apply_rope(k, cos, sin), v)
+        total = view.start + view.length
+        keys, values = kv.gather(layer, view.blocks, total)
+        mask = None
+        if view.start:
+            places = torch.arange(total, device=q.device)
+            mask = places[None, :] <= places[view.start :, None]
+        out = F.scaled_dot_product_attention(
+            apply_rope(q, cos, sin).transpose(0, 1)[None].to(keys.dtype),
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
+            enable_gqa=True,
+        )
+        return self._projected(w, out[0].transpose(0, 1).float())
+
+    def _wanted(self, part: _Prompt) -> torch.Tensor | None:
+        if part.batch.logits == "none":
+            return None
+        return self._logits(part.x[-1:] if part.batch.logits == "last" else part.x).cpu()
+
+
+class _Prompt:
+    """A batch on its way through the layers."""
+
+    def __init__(self, batch: Batch, embed: torch.Tensor, kv: KVCache) -> None:
+        self.batch = batch
+        self.x = embed[batch.token_ids.to(embed.device)].float()  # [N, D]
+        self.positions = batch.positions.to(embed.device)
+        self.slots = kv.slots(batch).to(embed.device)
+
+
+def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some rows of a decode batch."""
+    views: tuple[SequenceView, ...] = batch.sequences[start:stop]
+    return replace(batch, token_ids=batch.token_ids[start:stop], positions=batch.positions[start:stop], sequences=views)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x fp32 [N, D] times weight [M, D] transposed, fp32; x is rounded to the weight's dtype."""
+    return product(x.to(weight.dtype), weight)

@@ -1,0 +1,136 @@
+"""Which neurons are in GPU memory: slab, slot table and counters, all on the device, and the ranking that moves them.
+
+Which neurons have a slot decides where bytes come from and nothing else. The hot set starts from the profile and is
+ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), between two steps.
+Shapes: L layers, F neurons, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
+from runtime.gpu_home import GpuHome
+from runtime.kernels.triton_copy import copy_records
+from runtime.kernels.triton_neurons import (
+    DOWN_MISSES,
+    HITS,
+    LOOKUPS,
+    NUM_COUNTERS,
+    TORCH_DTYPES,
+    Records,
+)
+
+RERANK_STEPS, RERANK_STEPS_WIDE = 32, 8  # between two rankings; the second where more than a third of the FFN fits
+_WIDE = 1 / 3
+_DECAY = 0.98  # a step
+_PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - decay)
+
+
+class GpuSlots:
+    """Slots of each layer, and who has them. frequency [L, F]: how often needed; pinned [L]: the first so many neurons
+    of a layer keep their slots. `used` int32 [L, F] and `counters` int64 are added to by the kernels."""
+
+    def __init__(
+        self,
+        home: GpuHome,
+        slots_per_layer: Sequence[int],
+        frequency: np.ndarray,
+        pinned: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        num_layers, num_neurons, stride = home.records.shape
+        self.home, self.layout, self.device = home, home.layout, device
+        self.slots_per_layer = tuple(int(n) for n in slots_per_layer)
+        self.slab = torch.zeros(max(1, sum(self.slots_per_layer)), stride, dtype=torch.uint8, device=device)
+        self.table = torch.full((num_layers, num_neurons), -1, dtype=torch.int32, device=device)
+        self.used = torch.zeros((num_layers, num_neurons), dtype=torch.int32, device=device)
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+        pin = device.type == "cuda"
+        self._seen = torch.zeros(NUM_COUNTERS, dtype=torch.int64, pin_memory=pin)
+        self._wanted = torch.tensor(self.slots_per_layer, device=device)[:, None]
+        prior = torch.from_numpy(np.ascontiguousarray(frequency, np.float32))
+        for layer, num in enumerate(pinned):
+            prior[layer, :num] = torch.inf
+        self._score = (prior * _PRIOR_STEPS).to(device)
+        wide = sum(self.slots_per_layer) > _WIDE * num_layers * num_neurons
+        self.interval = RERANK_STEPS_WIDE if wide else RERANK_STEPS
+        self._whole = sum(self.slots_per_layer) == num_layers * num_neurons
+        self._steps = 0
+        self.copied_bytes = 0  # of layers that were copied whole
+        self.swapped = 0  # records
+        self._fill()
+
+    def records(self, layer: int) -> Records:
+        """What the kernels take of a layer."""
+        item = TORCH_DTYPES[self.layout.dtype]
+        return Records(self.home.records[layer].view(item), self.slab.view(item), self.table[layer], self.layout)
+
+    def note(self) -> None:
+        """Counters go to the host behind what has been started."""
+        self._seen.copy_(self.counters, non_blocking=True)
+
+    def seen(self) -> list[int]:
+        """The kernels' counters as the last step that is done left them; waits for nothing."""
+        return [int(n) for n in self._seen.tolist()]
+
+    def stepped(self) -> None:
+        """After each decode step; every few steps the hot set is ranked again."""
+        self.note()
+        self._steps += 1
+        if self._steps % self.interval == 0:
+            self.rerank()
+
+    def rerank(self) -> None:
+        """Neurons most wanted of late take the slots of those least wanted, layer by layer."""
+        if self._whole:
+            return
+        self._score.mul_(_DECAY**self.interval).add_(self.used)
+        self.used.zero_()
+        inside = self._best()
+        newcomers = (inside & (self.table < 0)).nonzero()  # [N, 2], by layer
+        leavers = (~inside & (self.table >= 0)).nonzero()
+        slots = self.table[leavers[:, 0], leavers[:, 1]]  # as many in every layer as there are newcomers
+        self.table[leavers[:, 0], leavers[:, 1]] = -1
+        self._move(newcomers, slots)
+        self.swapped += newcomers.shape[0]
+
+    def _fill(self) -> None:
+        chosen = self._best().nonzero()
+        self._move(chosen, torch.arange(chosen.shape[0], dtype=torch.int32, device=self.device))
+
+    def _best(self) -> torch.Tensor:
+        """bool [L, F]: of each layer, as many as it has slots; of equals the first."""
+        order = torch.argsort(self._score, dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        places = torch.arange(order.shape[1], device=self.device).expand_as(order)
+        rank.scatter_(1, order, places)
+        return rank < self._wanted
+
+    def _move(self, neurons: torch.Tensor, slots: torch.Tensor) -> None:
+        """Records of neurons int64 [N, 2] (layer, neuron) into slots int32 [N]."""
+        if not neurons.shape[0]:
+            return
+        flat = neurons[:, 0] * self.table.shape[1] + neurons[:, 1]
+        home = self.home.records.view(-1, self.home.records.shape[2])
+        copy_records(home.view(torch.int32), self.slab.view(torch.int32), flat, slots.long())
+        self.table.view(-1)[flat] = slots
+
+    def snapshot(self) -> CacheSnapshot:
+        """As the last step that is done left it; waits for nothing."""
+        seen = self.seen()
+        vectors = len(self.layout.vectors)
+        vector_bytes = self.layout.hidden_size * self.layout.dtype.item_bytes
+        misses = seen[LOOKUPS] - seen[HITS]
+        read = misses * (vectors - 1) * vector_bytes + seen[DOWN_MISSES] * vector_bytes
+        moved = read + self.copied_bytes + self.swapped * self.layout.stride
+        capacity = sum(self.slots_per_layer) * self.layout.stride
+        tier = TierSnapshot(seen[LOOKUPS], seen[HITS], misses, self.swapped, self.swapped, capacity, capacity)
+        transfer = TransferSnapshot(bytes=moved, needed_bytes=read + self.copied_bytes, requests=misses)
+        return CacheSnapshot({"gpu": tier}, {("cpu", "gpu"): transfer}, {})
+
+    def close(self) -> None:
+        self.home.close()

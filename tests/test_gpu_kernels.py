@@ -1,0 +1,180 @@
+"""The GPU's kernels against the numpy reference: on a GPU where there is one, else by Triton's interpreter.
+
+Slots that nobody may read, and homes of neurons that have a slot, are poisoned with NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cache.bundle import BundleDtype, BundleLayout, pack_records
+from runtime.kernels.reference import ReferenceKernels
+from runtime.model import apply_rope
+from runtime.sketches import InputStatistics, make_plane_sketch
+
+pytest.importorskip("triton")
+
+from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.kernels.triton_copy import copy_records
+from runtime.kernels.triton_gates import gate_masks
+from runtime.kernels.triton_masks import DeviceSketch, plane_masks
+from runtime.kernels.triton_neurons import (
+    ACTIVE,
+    DOWN_HITS,
+    DOWN_MISSES,
+    HITS,
+    LOOKUPS,
+    NUM_COUNTERS,
+    PREDICTED,
+    TORCH_DTYPES,
+    Records,
+    add_ffn,
+    num_groups,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HIDDEN, NEURONS, SLOTS = 24, 150, 40
+
+
+def put(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def pinned(array: np.ndarray) -> torch.Tensor:
+    """Main memory that the kernels reach."""
+    found = torch.from_numpy(array)
+    return found.pin_memory() if DEVICE.type == "cuda" else found
+
+
+def poisoned(records: np.ndarray, hot: np.ndarray, layout: BundleLayout) -> Records:
+    """The records of `hot` in slots, all others at home; every other byte is 255, which is NaN or -1."""
+    home, slots = records.copy(), np.full((SLOTS + 2, layout.stride), 255, np.uint8)
+    home[hot] = 255
+    slots[: hot.size] = records[hot]
+    table = np.full(records.shape[0], -1, np.int32)
+    table[hot] = np.arange(hot.size)
+    item = TORCH_DTYPES[layout.dtype]
+    return Records(pinned(home).view(item), put(slots).view(item), put(table), layout)
+
+
+@pytest.mark.parametrize("act", ["relu2", "relu", "silu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", list(BundleDtype))
+def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) -> None:
+    rng = np.random.default_rng(0)
+    layout = BundleLayout.make(HIDDEN, gated, dtype)
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    records = pack_records(layout, vectors)
+    hot = rng.permutation(NEURONS)[:SLOTS]
+    x, mask = np.zeros((4, HIDDEN), np.float32), (rng.random((4, NEURONS)) < 0.3).astype(np.uint8)
+    x[:3] = rng.standard_normal((3, HIDDEN))
+    least = np.full(NEURONS, 0.5, np.float32)
+    out, used = torch.ones(4, HIDDEN, device=DEVICE), torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
+    partial = torch.full((num_groups(NEURONS), 4, HIDDEN), torch.nan, device=DEVICE)
+    h, live = torch.full((4, NEURONS), torch.nan, device=DEVICE), put(np.array([1, 1, 1, 0]))
+    where = poisoned(records, hot, layout)
+    add_ffn(put(x), where, act, put(mask), put(least), out, h, partial, used, counters, live)
+    wanted = np.ones((3, HIDDEN), np.float32)
+    own = mask[:3].astype(bool)
+    offsets = np.arange(NEURONS) * layout.stride
+    active = ReferenceKernels().ffn(x[:3], records.reshape(-1), offsets, own, layout, act, wanted, least)
+    np.testing.assert_allclose(out[:3].cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert (out[3] == 1).all()  # padding
+    union = own.any(axis=0)
+    seen = counters.tolist()
+    assert (seen[LOOKUPS], seen[HITS]) == (union.sum(), union[hot].sum())
+    assert (seen[ACTIVE], seen[PREDICTED]) == (active, own.sum())
+    survivors = (h[:3] != 0).any(dim=0).cpu().numpy()
+    assert (seen[DOWN_HITS], seen[DOWN_HITS] + seen[DOWN_MISSES]) == (survivors[hot].sum(), survivors.sum())
+    np.testing.assert_array_equal(used.cpu().numpy(), union)
+
+
+def test_a_row_does_not_depend_on_its_mates_or_on_slots() -> None:
+    rng = np.random.default_rng(1)
+    layout = BundleLayout.make(HIDDEN, True, BundleDtype.FP32)
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    records = pack_records(layout, vectors)
+    x, mask = rng.standard_normal((2, HIDDEN)).astype(np.float32), (rng.random((2, NEURONS)) < 0.3).astype(np.uint8)
+    found = []
+    for hot, live in ((np.arange(0), [1, 1]), (np.arange(SLOTS), [1, 1]), (np.arange(SLOTS), [1, 0])):
+        out = torch.zeros(2, HIDDEN, device=DEVICE)
+        scratch = torch.empty(2, NEURONS, device=DEVICE), torch.empty(num_groups(NEURONS), 2, HIDDEN, device=DEVICE)
+        used = torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE)
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
+        where = poisoned(records, hot, layout)
+        add_ffn(put(x), where, "relu2", put(mask), None, out, *scratch, used, counters, put(np.array(live)))
+        found.append(out[0].cpu())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("num_pinned", [0, 20])
+@pytest.mark.parametrize("act", ["relu2", "silu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_plane_masks(gated: bool, act: str, num_pinned: int) -> None:
+    rng = np.random.default_rng(2)
+
+    def weight() -> np.ndarray:
+        return rng.standard_normal((70, HIDDEN)).astype(np.float32)
+
+    statistics = InputStatistics.of(rng.standard_normal((300, HIDDEN)).astype(np.float32) + 0.2)
+    whole = make_plane_sketch(act, weight() if gated else None, weight(), weight(), statistics, 1.69)
+    sketch = whole.without(np.arange(70) < num_pinned) if num_pinned else whole
+    x = rng.standard_normal((4, HIDDEN)).astype(np.float32)
+    wanted = np.empty((4, 70 - num_pinned), np.float32)
+    ReferenceKernels().plane_scores(x, sketch, wanted)
+    mask, scores = (torch.full((4, 70), 7, dtype=torch.uint8, device=DEVICE), put(np.empty_like(wanted)))
+    ordered = np.sort(wanted.ravel())
+    threshold = float(ordered[140] + ordered[141]) / 2
+    plane_masks(put(x), DeviceSketch(sketch, DEVICE), threshold, mask, scores)
+    np.testing.assert_allclose(scores.cpu().numpy(), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
+    np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted >= threshold)
+    assert (mask[:, :num_pinned] == 7).all()
+
+
+def test_gate_masks() -> None:
+    rng = np.random.default_rng(3)
+    x, gates = rng.standard_normal((2, HIDDEN)).astype(np.float32), put(rng.standard_normal((70, HIDDEN)))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        kept = gates.to(dtype)
+        mask = torch.full((2, 70), 7, dtype=torch.uint8, device=DEVICE)
+        gate_masks(put(x), kept, mask)
+        wanted = put(x).double() @ kept.double().T > 0
+        assert torch.equal(mask == 1, wanted)
+
+
+def test_attention_over_pages() -> None:
+    torch.manual_seed(4)
+    rows, heads, kv_heads, size, page = 4, 6, 2, 8, 16
+    keys, values = (torch.randn(rows, 32, kv_heads, size) for _ in range(2))
+    tables = torch.randperm(10)[: 2 * rows].view(rows, 2)
+    positions = torch.tensor([0, 5, 17, 31])
+    stores = [torch.full((10, page, kv_heads, size), torch.nan) for _ in range(2)]
+    for store, given in zip(stores, (keys, values), strict=True):
+        store[tables.flatten()] = given.view(2 * rows, page, kv_heads, size)
+    cos, sin = torch.randn(2, 40, size // 2)
+    slots = tables[torch.arange(rows), positions // page] * page + positions % page
+    slots[3] = -1  # writes nothing
+    qkv = torch.randn(rows, heads + 2 * kv_heads, size)
+    rotated = apply_rope(qkv[:, : heads + kv_heads], cos[positions], sin[positions])
+    for row in range(3):
+        keys[row, positions[row]], values[row, positions[row]] = rotated[row, heads:], qkv[row, heads + kv_heads :]
+    q, out = torch.empty(2, rows, heads, size, device=DEVICE)
+    on = [t.to(DEVICE) for t in (qkv, cos, sin, positions, slots)]
+    k, v = (s.to(DEVICE) for s in stores)
+    rotate_and_write(*on, q, k, v)
+    torch.testing.assert_close(q.cpu(), rotated[:, :heads])
+    paged_attention(q, k, v, tables.to(DEVICE), positions.to(DEVICE), out, size**-0.5)
+    for row, position in enumerate(positions.tolist()):
+        k1, v1 = (t[row, : position + 1].repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        weight = torch.softmax(torch.einsum("hd,thd->ht", rotated[row, :heads], k1) * size**-0.5, dim=1)
+        torch.testing.assert_close(out[row].cpu(), torch.einsum("ht,thd->hd", weight, v1), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_of_records() -> None:
+    source = pinned(np.arange(60, dtype=np.int32).reshape(20, 3))
+    target = torch.zeros(5, 3, dtype=torch.int32, device=DEVICE)
+    copy_records(source, target, torch.tensor([7, 0], device=DEVICE), torch.tensor([4, 1], device=DEVICE))
+    assert torch.equal(target[[4, 1]].cpu(), source[[7, 0]]) and not target[[0, 2, 3]].any()
