@@ -39,7 +39,7 @@ class KVCache:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.block_bytes = KVCache.num_bytes(config, block_size, dtype)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def num_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
