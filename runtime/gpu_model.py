@@ -90,6 +90,10 @@ class GpuModel:
         seen = self._ffn.slots.seen()
         return ModelCounters(dict(self._steps), seen[ACTIVE], seen[PREDICTED], 0, self._rows, 0)
 
+    def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
+        """As `forward_together`, of one batch."""
+        return self.forward_together((batch,), kv, check)[0]
+
     @torch.inference_mode()
     def forward_together(
         self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]

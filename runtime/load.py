@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ from runtime.row_file import ROW_DTYPES, RowFile
 from runtime.sparse import Sparse, sparse_setup
 from runtime.streamed_layers import StreamedLayers
 from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from runtime.gpu_ffn import Masks
+    from runtime.gpu_model import GpuModel
+    from runtime.gpu_slots import GpuSlots
 
 _EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
@@ -83,13 +89,15 @@ class Loaded:
     """A model that is warm; the engine is not started yet."""
 
     engine: Engine
-    model: Model
-    cache: NeuronCache
+    model: Model | GpuModel
+    cache: NeuronCache | GpuSlots
     tokenizer: Tokenizer
-    plan: Plan
+    plan: Plan | GpuPlan
     packed: Packed
     info: dict[str, object]
-    forecast: Callable[[], Forecast]  # of decode, from this cache and this machine as it is now; takes 0.2 s
+    forecast: Callable[
+        [], Forecast | GpuForecast
+    ]  # of decode, from this cache and this machine as it is now; takes 0.2 s
 
     def new_kv(self) -> tuple[KVCache, BlockManager]:
         """The engine's own keys and values with a fresh block manager, for runs past the engine."""
@@ -231,6 +239,64 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     the new one keeps in memory is not in the plan.
     """
     _check_options(options)
+    device = serving_device(options)
+    opened = _open(model, options, progress)
+    if device is None:
+        return _load_cpu(opened, options, progress, adapt)
+    if adapt is not None:
+        raise UnsupportedError("another predictor than the model's own: the CPU computes with one; say --device cpu")
+    return _load_gpu(opened, options, device, progress)
+
+
+def serving_device(options: LoadOptions) -> DeviceMemory | None:
+    """The GPU that computes; None: the CPU does. auto: a GPU where there is one. Raises UnsupportedError."""
+    if options.device == "cpu":
+        if options.gpu_memory_bytes is not None:
+            raise UnsupportedError("--gpu-memory has no meaning with --device cpu")
+        return None
+    found = gpu_memory()
+    if found is None and (options.device == "cuda" or options.gpu_memory_bytes is not None):
+        flag = "--device cuda" if options.device == "cuda" else "--gpu-memory"
+        raise UnsupportedError(f"{flag}: there is no GPU here that PyTorch and Triton can use")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A packed model and what was settled about it before anything large is read. measured: bytes of the process."""
+
+    packed: Packed
+    config: ModelConfig
+    tokenizer: Tokenizer
+    profile: Mapping[str, np.ndarray]
+    mode: str
+    cett: float
+    dtype: torch.dtype
+    kernels: Kernels
+    measured: int
+
+    def sparse(self, num_pinned: int) -> Sparse | None:
+        if self.mode != "sparse":
+            return None
+        return sparse_setup(self.packed, self.profile, self.cett, num_pinned, self.kernels)
+
+    def info(self, sparse: Sparse | None, predictor: Predictor | Masks | None) -> dict[str, object]:
+        """What does not depend on who computes."""
+        return {
+            "mode": self.mode,
+            "cett": self.cett if self.mode == "sparse" else 0.0,
+            "contract": contract_info(self.packed, self.mode),
+            "dtype": "bf16" if self.dtype is torch.bfloat16 else "fp32",
+            "bundles": self.packed.bundles.layout.dtype.value,
+            "predictor": "none" if predictor is None else predictor.name,
+            "predictor_bytes": 0 if predictor is None else predictor.num_bytes,
+            "pinned_share": 0.0 if sparse is None else max(sparse.pinned) / self.config.intermediate_size,
+            "sparse_layers": 0 if sparse is None else sum(self.packed.sparse_layers(self.cett)),
+            "threads": self.kernels.num_threads,
+        }
+
+
+def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
     packed = find_or_pack(model, progress)
     gc.collect()
@@ -238,30 +304,79 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     tokenizer = Tokenizer.from_dir(packed.path)
     ends = sorted({*packed.config.eos_token_ids, *tokenizer.eos_ids})
     config = replace(packed.config, eos_token_ids=tuple(ends))
-    mode = _resolve_mode(options.mode, options.cett, packed)
+    mode, cett = _resolve_mode(options.mode, options.cett, packed), _cett(options.cett, packed)
     _check_mode(mode, config)
-    cett = _cett(options.cett, packed)
     torch.set_num_threads(_num_threads(options.threads))
     kernels = select(options.kernel)
     kernels.set_num_threads(_num_threads(options.threads))
+    dtype = _torch_dtype(options.dtype, config)
+    return _Opened(packed, config, tokenizer, packed.read(PROFILE), mode, cett, dtype, kernels, measured)
+
+
+def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progress: Progress) -> Loaded:
+    """Memory of the device is divided by its own plan; the home is in main memory."""
+    from runtime.gpu_load import make_gpu  # Triton, which hosts without a GPU need not have
+
+    packed, config = opened.packed, opened.config
+    plan = make_gpu_plan(
+        config,
+        packed.bundles.layout,
+        replace(_plan_options(options), mode=opened.mode),
+        detect_memory(),
+        device,
+        opened.measured,
+        packed.sketch_sizes(opened.cett),
+    )
+    sparse = opened.sparse(plan.num_pinned)
+    frequency = _needs(opened.profile, sparse, opened.mode)
+    slots = _slots(plan, sparse)
+    weights = _load_weights(packed, opened.dtype, progress)
+    parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, torch.device("cuda", 0), progress)
+    constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
+    engine = Engine(
+        parts.model,
+        parts.kv,
+        _engine_config(plan, options),
+        parts.slots.snapshot,
+        plan.memory_levels(),
+        None,
+        constraints,
+    )
+    info = opened.info(sparse, parts.masks) | {
+        "device": "cuda",
+        "gpu": device.name,
+        "kernel": "triton",
+        "io_engine": "zero-copy",
+        "io": {},
+        "max_model_len": plan.max_model_len,
+    }
+
+    def expected() -> GpuForecast:
+        stride, dense = packed.bundles.layout.stride, opened.mode == "dense"
+        return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense)
+
+    return Loaded(engine, parts.model, parts.slots, opened.tokenizer, plan, packed, info, expected)
+
+
+def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: AdaptPredictor | None) -> Loaded:
+    packed, config, mode, kernels = opened.packed, opened.config, opened.mode, opened.kernels
     plan = make_plan(
         config,
         packed.bundles.layout,
         replace(_plan_options(options), mode=mode),
         detect_memory(),
-        measured,
-        packed.sketch_sizes(cett),
+        opened.measured,
+        packed.sketch_sizes(opened.cett),
     )
     curve = device_curve(packed.bundles.path, options.io_engine)
-    profile = packed.read(PROFILE)
-    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if mode == "sparse" else None
+    sparse = opened.sparse(plan.num_pinned)
     predictor = _predictor(packed, sparse, mode, kernels)
     if adapt is not None:
         predictor = adapt(predictor, kernels)
     lookahead = options.lookahead == "attention" and predictor is not None
-    frequency = _needs(profile, sparse, mode)
+    frequency = _needs(opened.profile, sparse, mode)
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
-    dtype = _torch_dtype(options.dtype, config)
+    dtype = opened.dtype
     weights = _load_weights(packed, dtype, progress, rows_on_disk=True, streamed=plan.streamed_bytes > 0)
     _warm(cache, progress)
     active_at = None if sparse is None else sparse.active_at
@@ -270,26 +385,16 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
     look_ahead = ffn.look_ahead if lookahead else None
     decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead)
-    constraints = ConstraintCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+    constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor, constraints
     )
-    info: dict[str, object] = {
-        "mode": mode,
-        "cett": cett if mode == "sparse" else 0.0,
-        "contract": contract_info(packed, mode),
+    info = opened.info(sparse, predictor) | {
         "device": "cpu",
         "kernel": kernels.name,
         "io_engine": cache.reader_info.engine,
         "io": io_info(cache, curve),
-        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-        "bundles": packed.bundles.layout.dtype.value,
-        "predictor": "none" if predictor is None else predictor.name,
-        "predictor_bytes": 0 if predictor is None else predictor.num_bytes,
-        "pinned_share": 0.0 if sparse is None else max(sparse.pinned) / config.intermediate_size,
-        "sparse_layers": 0 if sparse is None else sum(packed.sparse_layers(cett)),
         "max_model_len": plan.max_model_len,
-        "threads": kernels.num_threads,
     }
 
     def expected() -> Forecast:
@@ -299,7 +404,7 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
         others = plan.multiplied_bytes, plan.streamed_bytes
         return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense)
 
-    return Loaded(engine, decoder, cache, tokenizer, plan, packed, info, expected)
+    return Loaded(engine, decoder, cache, opened.tokenizer, plan, packed, info, expected)
 
 
 def contract_info(packed: Packed, mode: str) -> dict[str, object]:
@@ -393,10 +498,8 @@ def _sha256_of(path: Path) -> str:
 
 
 def _check_options(options: LoadOptions) -> None:
-    if options.device not in ("auto", "cpu"):
-        raise UnsupportedError(f"--device {options.device}: this version runs on cpu only")
-    if options.gpu_memory_bytes is not None:
-        raise UnsupportedError("--gpu-memory: this version runs on cpu only")
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ColdstreamError(f"--device {options.device}: one of auto, cpu, cuda")
     if options.mode not in MODES:
         raise ColdstreamError(f"--mode {options.mode}: one of {', '.join(MODES)}")
     if options.lookahead not in LOOKAHEADS:
@@ -425,7 +528,7 @@ def _plan_options(options: LoadOptions) -> PlanOptions:
     )
 
 
-def _engine_config(plan: Plan, options: LoadOptions) -> EngineConfig:
+def _engine_config(plan: Plan | GpuPlan, options: LoadOptions) -> EngineConfig:
     return EngineConfig(
         max_model_len=plan.max_model_len,
         max_num_seqs=options.max_num_seqs,

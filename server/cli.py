@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from cache.errors import ColdstreamError, UnsupportedError
+from cache.errors import ColdstreamError
 from runtime.plan import FfnCache
 from server.contract_table import show_contract
 from server.load_bar import LoadBar
@@ -251,7 +251,6 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API."""
     settings = read_settings(ctx.params)
-    refuse_unsupported(settings)
     name, settings = resolve_model(settings)
     from server import logs
     from server.serve import Server
@@ -290,7 +289,6 @@ def bench(
 ) -> None:
     """Measure decode without a server, on held-out text."""
     settings = read_settings(ctx.params)
-    refuse_unsupported(settings)
     name, settings = resolve_model(settings)
     from runtime.bench import bench as run
 
@@ -321,7 +319,6 @@ def perplexity(
     """Measure what mode sparse costs in quality, beside dense, on held-out text."""
     settings = read_settings({k: v for k, v in ctx.params.items() if k != "cett"})
     cetts = _cetts(cett, settings)
-    refuse_unsupported(settings)
     name, settings = resolve_model(settings)
     from runtime.perplexity import perplexity as run
 
@@ -446,14 +443,6 @@ def top(
         run_top(settings.url, client_key(settings), settings.interval, settings.once, settings.as_json)
     except UnreachableError as error:
         raise ColdstreamError(str(error)) from None
-
-
-def refuse_unsupported(settings: Settings) -> None:
-    """What this version cannot do yet is refused by name, before anything is read. Raises UnsupportedError."""
-    if settings.device == "cuda":
-        raise UnsupportedError("--device cuda: this version computes on the CPU only; use --device cpu or leave it out")
-    if settings.gpu_memory is not None:
-        raise UnsupportedError("--gpu-memory: this version has no GPU tier; leave it out")
 
 
 def resolve_model(settings: Settings) -> tuple[str, Settings]:
