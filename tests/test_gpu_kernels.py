@@ -34,6 +34,7 @@ from runtime.kernels.triton_neurons import (
     num_groups,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN, NEURONS, SLOTS = 24, 150, 40
 

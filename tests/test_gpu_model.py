@@ -19,6 +19,7 @@ from runtime.sparse import sparse_setup
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, TOKENS = 12, 3
 
