@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_results import Figures, Results, say
@@ -45,7 +46,7 @@ def dense_group(options: argparse.Namespace, results: Results) -> None:
 
     shape, ceilings = SHAPES["afm-4.5b"], results.read()["steps"]["ceilings"]
     cap = weight_cap(shape_plan(shape, VOCAB_SIZE, 20))
-    results.step("afm-4.5b dense graph", lambda: dense_graph(shape, VOCAB_SIZE, ceilings))
+    results.step("afm-4.5b plain dense graph", lambda: dense_graph(shape, VOCAB_SIZE, ceilings))
     results.step("afm-4.5b streaming 20 %", lambda: streaming(shape, VOCAB_SIZE, cap))
 
 
@@ -60,13 +61,15 @@ def llama_group(options: argparse.Namespace, results: Results) -> None:
 def large_shape(
     name: str, trace_file: str, options: argparse.Namespace, results: Results, batches: tuple[int, ...] = ()
 ) -> None:
-    """Decode at every residency, 20 % first; batches at 20 %; prefill. One home for all."""
+    """Decode at every residency, 20 % first, and beside it by lists of ids; with `batches` also those, dense with all
+    resident, and a prefill. One home for all."""
     import torch
 
-    from benchmarks.gpu_decode import measure_decode
-    from benchmarks.gpu_prefill import prefill
+    from benchmarks.gpu_decode import measure_decode, measure_dense
+    from benchmarks.gpu_prefill import measure_prefill
+    from benchmarks.gpu_product import ProductTraced, make_home
     from benchmarks.gpu_shapes import shape_plan, weight_cap
-    from benchmarks.gpu_traced import TracedModel, make_home
+    from benchmarks.gpu_traced import TracedModel
     from benchmarks.make_checkpoint import SHAPES
     from benchmarks.traces import Replay, Trace
     from cache.bundle import BundleDtype, BundleLayout
@@ -76,27 +79,44 @@ def large_shape(
     replay = Replay(Trace.read(options.parts / trace_file), shape.num_hidden_layers, shape.intermediate_size)
     begin = time.monotonic()
     home = make_home(shape, layout)
-    say(f"{name}: home of {sum(h.nbytes for h in home) / 1e9:.1f} GB in {time.monotonic() - begin:.1f} s")
+    say(f"{name}: home of {home.num_bytes / 1e9:.1f} GB in {time.monotonic() - begin:.1f} s")
 
     def decode(percent: int, rows: int) -> Figures:
-        slots = shape.intermediate_size * percent // 100
-        model = TracedModel(shape, VOCAB_SIZE, layout, home, replay, slots, rows)
-        cap = weight_cap(shape_plan(shape, VOCAB_SIZE, percent, num_seqs=rows))
+        plan = shape_plan(shape, VOCAB_SIZE, percent, num_seqs=rows)
+        model = ProductTraced(shape, VOCAB_SIZE, home, plan, replay, rows)
         found = measure_decode(model, replay, layout.stride, ceilings, rows)
-        return found | {"ffn_on_gpu_percent": percent, "gpu_budget_bytes": cap}
+        return found | {"ffn_on_gpu_percent": percent, "gpu_budget_bytes": weight_cap(plan)}
+
+    def by_ids(percent: int) -> Figures:
+        slots = shape.intermediate_size * percent // 100
+        model = TracedModel(shape, VOCAB_SIZE, layout, list(home.records), replay, slots)
+        return measure_decode(model, replay, layout.stride, ceilings)
+
+    def dense() -> Figures:
+        plan = shape_plan(shape, VOCAB_SIZE, 100, mode="dense")
+        return measure_dense(ProductTraced(shape, VOCAB_SIZE, home, plan, None), home.num_bytes, ceilings)
+
+    def prefill() -> Figures:
+        plan = shape_plan(shape, VOCAB_SIZE, 20)
+        model = ProductTraced(shape, VOCAB_SIZE, home, plan, replay)
+        return measure_prefill(model.prefill, shape, home.num_bytes, ceilings)
 
     def step(what: str, measure: Callable[[], Figures]) -> None:
         results.step(f"{name} {what}", measure, options.deadline - 5)
         torch.cuda.empty_cache()
 
-    for percent in (20, 100, 10, 40):
-        step(f"decode {percent} %", percent)
-    for rows in batches:
-        step(f"batch {rows}", 20, rows)
+    step("decode 20 %", partial(decode, 20, 1))
+    step("by ids 20 %", partial(by_ids, 20))
+    step("decode 100 %", partial(decode, 100, 1))
     if batches:
-        results.step(
-            f"{name} prefill", lambda: prefill(shape, VOCAB_SIZE, layout, home, ceilings), options.deadline - 5
-        )
+        step("dense 100 %", dense)
+        step("by ids 100 %", partial(by_ids, 100))
+    step("decode 10 %", partial(decode, 10, 1))
+    step("decode 40 %", partial(decode, 40, 1))
+    for rows in batches:
+        step(f"batch {rows}", partial(decode, 20, rows))
+    if batches:
+        step("prefill", prefill)
 
 
 def accelerate_group(options: argparse.Namespace, results: Results) -> None:

@@ -75,3 +75,11 @@ def measure_decode(
         "overflow": moved.overflow,
         "swapped_per_step": moved.swapped / tokens,
     }
+
+
+def measure_dense(model: Traced, ffn_bytes: int, ceilings: Figures, tokens: int = 32) -> Figures:
+    """Every weight is read by every step, out of GPU memory; held against the bandwidth of a read kernel."""
+    model.decode(8)
+    step_s = statistics.median(model.decode(tokens))
+    bound_s = (model.fixed_bytes + ffn_bytes) / max(ceilings["read_bytes_per_s"].values())
+    return {"tokens_per_s": 1 / step_s, "s_per_step": step_s, "bound_s": bound_s, "share_of_bound": bound_s / step_s}

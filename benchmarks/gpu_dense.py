@@ -66,18 +66,6 @@ class Attention:
         out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
         return x + F.linear(out.reshape(self.rows, -1), self._weights.layers[layer].o_proj)
 
-    def prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """x fp32 [N, D], the rows of one prompt, plus the layer's causal attention over them; keeps nothing."""
-        shape, d = self.shape, self.shape.head_dim
-        num_q, num_kv = shape.num_attention_heads, shape.num_key_value_heads
-        qkv = F.linear(self.norm(x).bfloat16(), self._qkv[layer]).view(x.shape[0], -1, d)
-        turned = qkv[:, : num_q + num_kv]
-        turned = turned * self._cos + turned.roll(d // 2, -1) * self._sin
-        parts = (turned[:, :num_q], turned[:, num_q:], qkv[:, num_q + num_kv :])
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # [1, heads, N, d]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return x + F.linear(out[0].transpose(0, 1).reshape(x.shape[0], -1), self._weights.layers[layer].o_proj)
-
     @property
     def num_bytes(self) -> int:
         """Read by every step: attention, head, keys and values."""

@@ -42,17 +42,17 @@ def model_config(shape: Shape, vocab_size: int) -> ModelConfig:
     return ModelConfig.from_hf(config_json(shape, vocab_size, 1, 2))
 
 
-def fill_records(records: torch.Tensor, layout: BundleLayout, seed: int) -> None:
+def fill_records(records: torch.Tensor, layout: BundleLayout, seed: int, device: str = "cuda") -> None:
     """Random bf16 vectors into uint8 records [F, stride] in main memory; what is beside the vectors is zero.
 
-    Made on the GPU a slice at a time; std 1 / sqrt(D), so that activations stay finite.
+    Made on the device a slice at a time; std 1 / sqrt(D), so that activations stay finite.
     """
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     width, step = len(layout.vectors) * layout.hidden_size, max(1, (256 << 20) // layout.stride)
     for first in range(0, records.shape[0], step):
         part = records[first : first + step]
-        made = torch.zeros(part.shape, dtype=torch.uint8, device="cuda")
-        values = torch.randn(part.shape[0], width, generator=generator, device="cuda") * layout.hidden_size**-0.5
+        made = torch.zeros(part.shape, dtype=torch.uint8, device=device)
+        values = torch.randn(part.shape[0], width, generator=generator, device=device) * layout.hidden_size**-0.5
         made[:, : 2 * width] = values.to(torch.bfloat16).view(torch.uint8)
         part.copy_(made)
 

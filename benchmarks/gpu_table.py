@@ -74,7 +74,7 @@ def _peers(steps: Figures) -> Iterator[str]:
 
 
 def _dense(steps: Figures) -> Iterator[str]:
-    if (d := steps.get("afm-4.5b dense graph")) is None:
+    if (d := steps.get("afm-4.5b dense 100 %")) is None:
         return
     sparse = steps.get("afm-4.5b decode 100 %")
     against = "" if sparse is None else f"; sparse {sparse['tokens_per_s']:.0f}"

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_decode import Counted
-from benchmarks.gpu_dense import Attention, registered
-from benchmarks.gpu_shapes import fill_records
+from benchmarks.gpu_dense import Attention
 from benchmarks.kernels import random_sketch
 from benchmarks.make_checkpoint import Shape
 from benchmarks.traces import ROW_STEP, Replay
@@ -28,16 +27,6 @@ DECAY = 0.98
 RERANK_TOKENS, RERANK_SOONER, MUCH = 16, 8, 0.3  # sooner where more than so much of a layer fits (LOG.md)
 SKETCH_BITS = 1.7
 _DOWN_PROGRAMS = 264
-
-
-def make_home(shape: Shape, layout: BundleLayout) -> list[torch.Tensor]:
-    """Random records of every layer in registered main memory, uint8 [F, stride] each."""
-    made = []
-    for layer in range(shape.num_hidden_layers):
-        records = registered((shape.intermediate_size, layout.stride), torch.uint8)
-        fill_records(records, layout, layer)
-        made.append(records)
-    return made
 
 
 class Predictor:

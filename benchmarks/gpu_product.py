@@ -1,0 +1,163 @@
+"""The GPU tier itself with random weights of a large shape and the sets of a trace in its predictor's place.
+
+What runs is `runtime.gpu_model` as served: graphs, slots, ranking, one decode step a call with its logits on the host.
+The predictor's pass is run at its real size on random planes and its mask dropped; the trace's sets, on the GPU, stand
+beside the cap. Shapes: B rows, F neurons, L layers, T tokens of the trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_decode import Counted
+from benchmarks.gpu_shapes import MAX_MODEL_LEN, fill_records, model_config, random_weights
+from benchmarks.kernels import random_sketch
+from benchmarks.make_checkpoint import Shape
+from benchmarks.traces import ROW_STEP, Replay
+from cache.bundle import BundleLayout
+from runtime.batch import Batch, SequenceView
+from runtime.gpu_ffn import GpuFFN, Masks, PlaneMasks
+from runtime.gpu_home import GpuHome
+from runtime.gpu_model import GpuModel
+from runtime.gpu_plan import GpuPlan
+from runtime.gpu_slots import GpuSlots
+from runtime.kernels.triton_masks import DeviceSketch
+from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS
+from runtime.kv_cache import KVCache
+
+SKETCH_BITS = 1.7
+CONTEXT = 256  # tokens that are there when decode begins
+
+
+def make_home(shape: Shape, layout: BundleLayout, device: str = "cuda") -> GpuHome:
+    """Random records of every layer, in registered main memory."""
+    home = GpuHome(shape.num_hidden_layers, shape.intermediate_size, layout, register=device == "cuda")
+    for layer in range(shape.num_hidden_layers):
+        fill_records(home.records[layer], layout, layer, device)
+    return home
+
+
+def plane_masks(shape: Shape, rows: int, device: torch.device) -> PlaneMasks:
+    """Of random planes at the size of real ones."""
+    rng = np.random.default_rng(1)
+    sketch = random_sketch(rng, shape.hidden_size, shape.intermediate_size, SKETCH_BITS, shape.gated, shape.hidden_act)
+    layers = range(shape.num_hidden_layers)
+    return PlaneMasks([DeviceSketch(sketch, device) for _ in layers], [1.0 for _ in layers], rows, device)
+
+
+class TraceMasks:
+    """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further."""
+
+    name = "trace"
+
+    def __init__(self, inner: Masks, replay: Replay, rows: int, device: torch.device) -> None:
+        self._inner, self.num_bytes = inner, inner.num_bytes
+        self._sets = torch.stack(
+            [replay.sets(i, device).to(torch.uint8) for i in range(replay.num_layers)]
+        )  # [L, T, F]
+        self._first = torch.arange(rows, device=device) * ROW_STEP
+        self._token = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        self._inner.of(layer, x)
+        places = (self._token + self._first[: x.shape[0]]) % self._sets.shape[1]
+        mask = self._sets[layer].index_select(0, places)
+        if layer == self._sets.shape[0] - 1:
+            self._token += 1
+        return mask
+
+    def restart(self) -> None:
+        self._token.zero_()
+
+
+class ProductTraced:
+    """See `benchmarks.gpu_decode.Traced`. replay None: dense, every neuron of every layer."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        vocab_size: int,
+        home: GpuHome,
+        plan: GpuPlan,
+        replay: Replay | None,
+        rows: int = 1,
+        device: str = "cuda",
+    ) -> None:
+        config, self._device, self._rows = model_config(shape, vocab_size), torch.device(device), rows
+        layers, num = shape.num_hidden_layers, shape.intermediate_size
+        frequency = np.ones((layers, num), np.float32) if replay is None else replay.frequency()
+        self._slots = GpuSlots(home, plan.slots_per_layer, frequency, (0,) * layers, self._device)
+        self.slots_per_layer = plan.slots_per_layer
+        self._masks = None
+        if replay is not None:
+            self._masks = TraceMasks(plane_masks(shape, rows, self._device), replay, rows, self._device)
+        staged = plan.staging_bytes // home.layout.stride
+        ffn = GpuFFN(self._slots, shape.hidden_act, self._masks, None, rows, staged, torch.bfloat16)
+        weights = random_weights(shape, vocab_size, device=device)
+        per_row = -(-(CONTEXT + MAX_MODEL_LEN) // plan.block_size)
+        self._kv = KVCache(config, per_row * rows, plan.block_size, torch.bfloat16, self._device)
+        self._kv.keys.normal_()
+        self._kv.values.normal_()
+        self._blocks = [np.arange(r * per_row, (r + 1) * per_row, dtype=np.int32) for r in range(rows)]
+        self._model = GpuModel(config, weights, ffn, CONTEXT + MAX_MODEL_LEN, (rows,))
+        self._layout, self._shape, self._position = home.layout, shape, CONTEXT
+        attention = sum(w.nbytes for layer in weights.layers for w in _matrices(layer))
+        keys = 2 * config.num_key_value_heads * config.head_dim * layers * CONTEXT * rows * 2
+        predictor = 0 if self._masks is None else self._masks.num_bytes
+        self.fixed_bytes = attention + weights.lm_head.nbytes + keys + predictor
+        self._model.capture(self._kv)
+        self._restart()
+
+    def _restart(self) -> None:
+        """The trace from its beginning, with nothing counted: capturing has run steps."""
+        if self._masks is not None:
+            self._masks.restart()
+        self._slots.counters.zero_()
+        self._slots.used.zero_()
+
+    def decode(self, num_steps: int) -> list[float]:
+        """Wall-clock time: each step's logits are on the host when it ends."""
+        times = []
+        for _ in range(num_steps):
+            begin = time.perf_counter()
+            self._model.forward_together([self._batch()], self._kv, lambda: None)
+            times.append(time.perf_counter() - begin)
+            self._position += 1
+        return times
+
+    def _batch(self) -> Batch:
+        at = self._position
+        views = tuple(SequenceView(blocks, at, 1) for blocks in self._blocks)
+        rows = self._rows
+        return Batch("decode", torch.full((rows,), 7), torch.full((rows,), at), views, "last")
+
+    def prefill(self, num_tokens: int) -> float:
+        """Seconds of one step of so many tokens of one prompt."""
+        view = SequenceView(self._blocks[0], 0, num_tokens)
+        ids = torch.randint(0, self._model.config.vocab_size, (num_tokens,))
+        batch = Batch("prefill", ids, torch.arange(num_tokens), (view,), "last")
+        begin = time.perf_counter()
+        self._model.forward_together([batch], self._kv, lambda: None)
+        return time.perf_counter() - begin
+
+    def counted(self) -> Counted:
+        seen = self._slots.counters.tolist()
+        vector = self._layout.hidden_size * self._layout.dtype.item_bytes
+        first = vector * (2 if self._shape.gated else 1)
+        misses = seen[LOOKUPS] - seen[HITS]
+        return Counted(
+            lookups=seen[LOOKUPS],
+            hits=seen[HITS],
+            missed_bytes=misses * first + seen[DOWN_MISSES] * vector,
+            hit_bytes=seen[HITS] * first + seen[DOWN_HITS] * vector,
+            overflow=0,
+            swapped=self._slots.swapped,
+        )
+
+
+def _matrices(layer: object) -> Sequence[torch.Tensor]:
+    return [getattr(layer, f"{n}_proj") for n in ("q", "k", "v", "o")]
