@@ -37,7 +37,20 @@ def ceilings_group(options: argparse.Namespace, results: Results) -> None:
     from benchmarks.gpu_ceilings import ceilings, overheads
 
     results.step("overheads", overheads)
+    results.step("machine", machine)
     results.step("ceilings", ceilings)
+
+
+def machine() -> Figures:
+    """The GPU and what computes on it, for people. Not asked by the process that starts the groups: it has no context."""
+    import torch
+
+    found: Figures = {"python": sys.version.split()[0], "torch": torch.__version__}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+        found["processors"] = properties.multi_processor_count
+    return found
 
 
 def dense_group(options: argparse.Namespace, results: Results) -> None:
@@ -188,7 +201,7 @@ def run(options: argparse.Namespace) -> Figures:
     results = Results(path)
     data = results.read()
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    data["runs"].append({"started": now, "commit": options.commit, "machine": machine()})
+    data["runs"].append({"started": now, "commit": options.commit})
     results.write(data)
     for name, (_, least_s) in GROUPS.items():
         left = options.seconds - END_S - (time.monotonic() - started)
@@ -213,18 +226,6 @@ def in_process_of_its_own(name: str, options: argparse.Namespace, seconds: float
         say(f"{name}: exit code {code} after {time.monotonic() - begin:.1f} s")
     except subprocess.TimeoutExpired:
         say(f"{name}: cut after {seconds:.0f} s")
-
-
-def machine() -> Figures:
-    """The GPU and what computes on it, for people."""
-    import torch
-
-    found: Figures = {"python": sys.version.split()[0], "torch": torch.__version__}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
-        found["processors"] = properties.multi_processor_count
-    return found
 
 
 def arguments() -> argparse.Namespace:

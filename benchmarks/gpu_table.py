@@ -105,7 +105,8 @@ def _served(steps: Figures) -> Iterator[str]:
 def footnote(data: Figures) -> str:
     """Machine, day, commit and ceilings."""
     last, ceilings = data["runs"][-1], data["steps"].get("ceilings")
-    found = f"{last['machine'].get('gpu', 'GPU')}, {last['started'][:10]}, commit `{last['commit'][:12]}`"
+    gpu = data["steps"].get("machine", {}).get("gpu", "GPU")
+    found = f"{gpu}, {last['started'][:10]}, commit `{last['commit'][:12]}`"
     if ceilings is not None:
         zero = max(ceilings["zero_copy_bytes_per_s"].values())
         found += (
