@@ -42,7 +42,7 @@ def ceilings_group(options: argparse.Namespace, results: Results) -> None:
 
 
 def machine() -> Figures:
-    """The GPU and what computes on it, for people. Not asked by the process that starts the groups: it has no context."""
+    """The GPU and what computes on it, for people. Asked in a group: who starts them has no context on the GPU."""
     import torch
 
     found: Figures = {"python": sys.version.split()[0], "torch": torch.__version__}
