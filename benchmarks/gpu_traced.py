@@ -147,7 +147,7 @@ class TracedModel:
         return Counted(
             lookups=total["lookups"],
             hits=total["hits"],
-            missed_bytes=total["missed_first"] * first + total["missed_down"] * vector,
+            missed_bytes=(total["lookups"] - total["hits"]) * first + total["missed_down"] * vector,
             hit_bytes=total["hits"] * first + total["hit_down"] * vector,
             overflow=0,
             swapped=self._swapped,
