@@ -2,7 +2,7 @@
 
 `decode` is what a CUDA graph captures: no allocation that matters, no word with the host. Semantics are those of
 `runtime.ffn`: a row's neurons depend on its input, the model, the settings and the pinned set.
-Shapes: B rows (a power of two), N rows of a prompt, F neurons, D hidden, G groups of neurons.
+Shapes: B rows (a power of two), N rows of a prompt, F neurons, D hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.ffn import record_matrix
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_masks import DeviceSketch, plane_masks
-from runtime.kernels.triton_neurons import add_ffn, num_groups
+from runtime.kernels.triton_neurons import Scratch, add_ffn
 
 
 class Masks(Protocol):
@@ -89,8 +89,7 @@ class GpuFFN:
         self._active_at = active_at
         self._layout: BundleLayout = slots.layout
         num_neurons, device, hidden = slots.table.shape[1], slots.device, slots.layout.hidden_size
-        self._h = torch.empty(max_rows * num_neurons, dtype=torch.float32, device=device)
-        self._partial = torch.empty(num_groups(num_neurons) * max_rows * hidden, dtype=torch.float32, device=device)
+        self._scratch = Scratch.make(max_rows, num_neurons, hidden, device)
         staged = min(staged_neurons, num_neurons)
         self._staging = [torch.empty(staged, slots.layout.stride, dtype=torch.uint8, device=device) for _ in range(2)]
         self._records = [slots.records(layer) for layer in range(slots.table.shape[0])]
@@ -100,13 +99,10 @@ class GpuFFN:
 
     def decode(self, layer: int, x: torch.Tensor, live: torch.Tensor, out: torch.Tensor) -> None:
         """out fp32 [B, D] += FFN(x), row by row; live int64 [B]: zero for padding."""
-        rows, num_neurons, hidden = x.shape[0], self.slots.table.shape[1], self._layout.hidden_size
         mask = None if self.masks is None else self.masks.of(layer, x)
-        h = self._h[: rows * num_neurons].view(rows, num_neurons)
-        partial = self._partial[: num_groups(num_neurons) * rows * hidden].view(-1, rows, hidden)
         active_at = None if self._active_at is None else self._active_at[layer]
         add_ffn(
-            x, self._records[layer], self._name, mask, active_at, out, h, partial, self.slots.used[layer],
+            x, self._records[layer], self._name, mask, active_at, out, self._scratch, self.slots.used[layer],
             self.slots.counters, live,
         )  # fmt: skip
 

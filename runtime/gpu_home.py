@@ -7,6 +7,7 @@ Shapes: L layers, F neurons; a record is `stride` bytes.
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ class GpuHome:
         self._memory = mmap.mmap(-1, self.num_bytes)
         array = np.frombuffer(self._memory, np.uint8).reshape(num_layers, num_neurons, layout.stride)
         self.records = torch.from_numpy(array)
-        self._registered = register
+        self._unregister = None
         if register:
             error = int(torch.cuda.cudart().cudaHostRegister(self.records.data_ptr(), self.num_bytes, _MAPPED))  # type: ignore[no-untyped-call]
             if error:
                 raise ColdstreamError(
                     f"{self.num_bytes} bytes of main memory cannot be registered (CUDA error {error})"
                 )
+            self._unregister = weakref.finalize(self, _unregister, self.records)
 
     def read(self, file: BundleFile, layer: int) -> None:
         """One layer out of its file, checksums verified. Raises ReadError."""
@@ -42,7 +44,10 @@ class GpuHome:
             self.records[layer, start : start + records.shape[0]] = torch.from_numpy(records.copy())
 
     def close(self) -> None:
-        """The GPU must be done with it."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.records.data_ptr())  # type: ignore[no-untyped-call]
-            self._registered = False
+        """The GPU must be done with it. Once is enough, and it happens by itself at the latest when the object goes."""
+        if self._unregister is not None:
+            self._unregister()
+
+
+def _unregister(records: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(records.data_ptr())  # type: ignore[no-untyped-call]

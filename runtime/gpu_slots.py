@@ -20,7 +20,6 @@ from runtime.kernels.triton_neurons import (
     HITS,
     LOOKUPS,
     NUM_COUNTERS,
-    TORCH_DTYPES,
     Records,
 )
 
@@ -66,8 +65,7 @@ class GpuSlots:
 
     def records(self, layer: int) -> Records:
         """What the kernels take of a layer."""
-        item = TORCH_DTYPES[self.layout.dtype]
-        return Records(self.home.records[layer].view(item), self.slab.view(item), self.table[layer], self.layout)
+        return Records(self.home.records[layer], self.slab, self.table[layer], self.layout)
 
     def note(self) -> None:
         """Counters go to the host behind what has been started."""

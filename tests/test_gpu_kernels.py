@@ -28,10 +28,9 @@ from runtime.kernels.triton_neurons import (
     LOOKUPS,
     NUM_COUNTERS,
     PREDICTED,
-    TORCH_DTYPES,
     Records,
+    Scratch,
     add_ffn,
-    num_groups,
 )
 
 pytestmark = pytest.mark.gpu
@@ -56,8 +55,7 @@ def poisoned(records: np.ndarray, hot: np.ndarray, layout: BundleLayout) -> Reco
     slots[: hot.size] = records[hot]
     table = np.full(records.shape[0], -1, np.int32)
     table[hot] = np.arange(hot.size)
-    item = TORCH_DTYPES[layout.dtype]
-    return Records(pinned(home).view(item), put(slots).view(item), put(table), layout)
+    return Records(pinned(home), put(slots), put(table), layout)
 
 
 @pytest.mark.parametrize("act", ["relu2", "relu", "silu"])
@@ -74,10 +72,9 @@ def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) 
     least = np.full(NEURONS, 0.5, np.float32)
     out, used = torch.ones(4, HIDDEN, device=DEVICE), torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
-    partial = torch.full((num_groups(NEURONS), 4, HIDDEN), torch.nan, device=DEVICE)
-    h, live = torch.full((4, NEURONS), torch.nan, device=DEVICE), put(np.array([1, 1, 1, 0]))
+    scratch, live = Scratch.make(4, NEURONS, HIDDEN, DEVICE), put(np.array([1, 1, 1, 0]))
     where = poisoned(records, hot, layout)
-    add_ffn(put(x), where, act, put(mask), put(least), out, h, partial, used, counters, live)
+    add_ffn(put(x), where, act, put(mask), put(least), out, scratch, used, counters, live)
     wanted = np.ones((3, HIDDEN), np.float32)
     own = mask[:3].astype(bool)
     offsets = np.arange(NEURONS) * layout.stride
@@ -88,27 +85,48 @@ def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) 
     seen = counters.tolist()
     assert (seen[LOOKUPS], seen[HITS]) == (union.sum(), union[hot].sum())
     assert (seen[ACTIVE], seen[PREDICTED]) == (active, own.sum())
-    survivors = (h[:3] != 0).any(dim=0).cpu().numpy()
-    assert (seen[DOWN_HITS], seen[DOWN_HITS] + seen[DOWN_MISSES]) == (survivors[hot].sum(), survivors.sum())
+    np.testing.assert_array_equal(np.flatnonzero(union), scratch.ids[: union.sum()].cpu().numpy())
+    h = scratch.h.view(4, NEURONS)[:3, : union.sum()].cpu().numpy()
+    survivors = np.flatnonzero(union)[(h != 0).any(axis=0)]
+    resident = np.isin(survivors, hot)
+    assert (seen[DOWN_HITS], seen[DOWN_MISSES]) == (resident.sum(), (~resident).sum())
     np.testing.assert_array_equal(used.cpu().numpy(), union)
 
 
-def test_a_row_does_not_depend_on_its_mates_or_on_slots() -> None:
+def test_sums_do_not_depend_on_slots() -> None:
     rng = np.random.default_rng(1)
     layout = BundleLayout.make(HIDDEN, True, BundleDtype.FP32)
     vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
     records = pack_records(layout, vectors)
     x, mask = rng.standard_normal((2, HIDDEN)).astype(np.float32), (rng.random((2, NEURONS)) < 0.3).astype(np.uint8)
     found = []
-    for hot, live in ((np.arange(0), [1, 1]), (np.arange(SLOTS), [1, 1]), (np.arange(SLOTS), [1, 0])):
-        out = torch.zeros(2, HIDDEN, device=DEVICE)
-        scratch = torch.empty(2, NEURONS, device=DEVICE), torch.empty(num_groups(NEURONS), 2, HIDDEN, device=DEVICE)
+    for hot in (np.arange(0), np.arange(SLOTS)):
+        out, scratch = torch.zeros(2, HIDDEN, device=DEVICE), Scratch.make(2, NEURONS, HIDDEN, DEVICE)
         used = torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE)
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
         where = poisoned(records, hot, layout)
-        add_ffn(put(x), where, "relu2", put(mask), None, out, *scratch, used, counters, put(np.array(live)))
-        found.append(out[0].cpu())
-    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+        add_ffn(put(x), where, "relu2", put(mask), None, out, scratch, used, counters, put(np.ones(2, np.int64)))
+        found.append(out.cpu())
+    assert torch.equal(*found)
+
+
+def test_a_whole_layer_needs_no_mask() -> None:
+    layout = BundleLayout.make(HIDDEN, False, BundleDtype.BF16)
+    rng = np.random.default_rng(5)
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    records, x = pack_records(layout, vectors), rng.standard_normal((1, HIDDEN)).astype(np.float32)
+    out, scratch = torch.zeros(1, HIDDEN, device=DEVICE), Scratch.make(1, NEURONS, HIDDEN, DEVICE)
+    used, counters = (
+        torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE),
+        torch.zeros(NUM_COUNTERS, dtype=torch.int64),
+    )
+    counters = counters.to(DEVICE)
+    where = poisoned(records, np.arange(30, 60), layout)
+    add_ffn(put(x), where, "relu2", None, None, out, scratch, used, counters, put(np.ones(1, np.int64)))
+    wanted = np.zeros((1, HIDDEN), np.float32)
+    ReferenceKernels().ffn(x, records.reshape(-1), np.arange(NEURONS) * layout.stride, None, layout, "relu2", wanted)
+    np.testing.assert_allclose(out.cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert counters.tolist()[:2] == [NEURONS, 30]
 
 
 @pytest.mark.parametrize("num_pinned", [0, 20])
