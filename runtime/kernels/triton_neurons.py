@@ -110,7 +110,7 @@ def _list(  # type: ignore[no-untyped-def]
         tl.store(count, before + tl.sum(taken))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot(x, vector, row, width, TYPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
     """x [B, D] times the vector at an address, fp32 [B]."""
     pointer = vector.to(tl.pointer_type(TYPE))
