@@ -1,0 +1,151 @@
+"""Compiles every Triton kernel of the GPU tier for a GPU that is not here: what the interpreter lets pass.
+
+    python -m benchmarks.gpu_compile [--capability 90]
+
+Each wrapper is called with tensors in main memory; its launches are compiled and not launched. Typing, shapes that must
+be known, and what the assembler refuses show up here; results and speed do not. One line of JSON a call, in its order;
+the exit code is 1 when one of them failed. Triton's compiler is needed, and its interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from cache.bundle import BundleDtype, BundleLayout
+from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.kernels.triton_copy import copy_records
+from runtime.kernels.triton_gates import gate_masks
+from runtime.kernels.triton_masks import DeviceSketch, plane_masks
+from runtime.kernels.triton_neurons import NUM_COUNTERS, TORCH_DTYPES, Records, add_ffn, num_groups
+from runtime.sketches import InputStatistics, make_plane_sketch
+
+HIDDEN, NEURONS = 576, 192  # SmolLM2's rows; few neurons, whose number is no constant
+CPU = torch.device("cpu")
+Case = tuple[str, Callable[[], None]]
+
+
+def compile_only(capability: int) -> None:
+    """From now on a launch compiles for that compute capability (90: 9.0) and does nothing else."""
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compiled
+    target = GPUTarget("cuda", capability, 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    triton.runtime.driver.set_active(driver)
+
+
+def cases() -> Iterator[Case]:
+    """Dtypes, gates, activations, masks and row counts that change what is compiled."""
+    for dtype in BundleDtype:
+        for gated, act in ((True, "silu"), (False, "relu2"), (True, "relu2")):
+            yield f"neurons {dtype.value} {'gated ' * gated}{act}", neurons(dtype, gated, act, 1)
+    for rows in (2, 4, 8, 16):
+        yield f"neurons bf16 rows {rows}", neurons(BundleDtype.BF16, True, "silu", rows)
+    yield "neurons int8 rows 16", neurons(BundleDtype.INT8, True, "relu2", 16)
+    yield "neurons dense", neurons(BundleDtype.BF16, True, "silu", 1, masked=False)
+    for rows in (1, 16):
+        for gated, act in ((True, "silu"), (True, "relu2"), (False, "relu2")):
+            yield f"planes {'gated ' * gated}{act} rows {rows}", planes(gated, act, rows)
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            yield f"gates {kind} rows {rows}", gates(kind, rows)
+            if kind is not torch.float16:
+                yield f"attention {kind} rows {rows}", attention(kind, rows)
+    yield "copies", copies
+
+
+def neurons(dtype: BundleDtype, gated: bool, act: str, rows: int, masked: bool = True) -> Callable[[], None]:
+    def call() -> None:
+        layout, item = BundleLayout.make(HIDDEN, gated, dtype), TORCH_DTYPES[dtype]
+        home = torch.zeros(NEURONS, layout.stride, dtype=torch.uint8).view(item)
+        records = Records(home, home, torch.zeros(NEURONS, dtype=torch.int32), layout)
+        x, h = torch.zeros(rows, HIDDEN), torch.zeros(rows, NEURONS)
+        mask = torch.ones(rows, NEURONS, dtype=torch.uint8) if masked else None
+        least = torch.zeros(NEURONS) if masked else None
+        partial, used = torch.zeros(num_groups(NEURONS), rows, HIDDEN), torch.zeros(NEURONS, dtype=torch.int32)
+        counters, live = torch.zeros(NUM_COUNTERS, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
+        add_ffn(x, records, act, mask, least, x, h, partial, used, counters, live)
+
+    return call
+
+
+def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:
+    def call() -> None:
+        rng, hidden = np.random.default_rng(0), 48
+        gate, up, down = (rng.standard_normal((40, hidden)).astype(np.float32) for _ in range(3))
+        statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
+        sketch = make_plane_sketch(act, gate if gated else None, up, down, statistics, 1.69)
+        mask = torch.zeros(rows, 40, dtype=torch.uint8)
+        plane_masks(torch.zeros(rows, hidden), DeviceSketch(sketch, CPU), 0.5, mask)
+
+    return call
+
+
+def gates(dtype: torch.dtype, rows: int) -> Callable[[], None]:
+    def call() -> None:
+        mask = torch.zeros(rows, NEURONS, dtype=torch.uint8)
+        gate_masks(torch.zeros(rows, HIDDEN), torch.zeros(NEURONS, HIDDEN, dtype=dtype), mask)
+
+    return call
+
+
+def attention(dtype: torch.dtype, rows: int) -> Callable[[], None]:
+    def call() -> None:
+        heads, kv_heads, size, page = 9, 3, 64, 16
+        keys = torch.zeros(4, page, kv_heads, size, dtype=dtype)
+        qkv, q = torch.zeros(rows, heads + 2 * kv_heads, size), torch.zeros(rows, heads, size)
+        angles, positions = torch.zeros(64, size // 2), torch.zeros(rows, dtype=torch.int64)
+        rotate_and_write(qkv, angles, angles, positions, positions, q, keys, keys)
+        tables = torch.zeros(rows, 4, dtype=torch.int64)
+        paged_attention(q, keys, keys, tables, positions, q, 0.125)
+
+    return call
+
+
+def copies() -> None:
+    words, ids = torch.zeros(8, 432, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    copy_records(words, words, ids, ids)
+
+
+def run(capability: int) -> int:
+    """How many calls failed."""
+    compile_only(capability)
+    failed = 0
+    for name, call in cases():
+        begin, error = time.monotonic(), None
+        try:
+            call()
+        except Exception:
+            failed, error = failed + 1, traceback.format_exc()[-1500:]
+        print(json.dumps({"call": name, "seconds": round(time.monotonic() - begin, 2), "error": error}), flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90, help="of the GPU to compile for: 90 is 9.0")
+    sys.exit(1 if run(parser.parse_args().capability) else 0)
+
+
+if __name__ == "__main__":
+    main()
