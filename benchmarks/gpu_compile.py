@@ -28,11 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from cache.bundle import BundleDtype, BundleLayout
+from runtime.gpu_ffn import GpuFFN
+from runtime.gpu_home import GpuHome
+from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_attention import paged_attention, rotate_and_write
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_masks import DeviceSketch, plane_masks
-from runtime.kernels.triton_neurons import NUM_COUNTERS, TORCH_DTYPES, Records, add_ffn, num_groups
 from runtime.sketches import InputStatistics, make_plane_sketch
 
 HIDDEN, NEURONS = 576, 192  # SmolLM2's rows; few neurons, whose number is no constant
@@ -75,18 +77,30 @@ def cases() -> Iterator[Case]:
 
 
 def neurons(dtype: BundleDtype, gated: bool, act: str, rows: int, masked: bool = True) -> Callable[[], None]:
+    """A layer's FFN in a decode step."""
+
     def call() -> None:
-        layout, item = BundleLayout.make(HIDDEN, gated, dtype), TORCH_DTYPES[dtype]
-        home = torch.zeros(NEURONS, layout.stride, dtype=torch.uint8).view(item)
-        records = Records(home, home, torch.zeros(NEURONS, dtype=torch.int32), layout)
-        x, h = torch.zeros(rows, HIDDEN), torch.zeros(rows, NEURONS)
-        mask = torch.ones(rows, NEURONS, dtype=torch.uint8) if masked else None
-        least = torch.zeros(NEURONS) if masked else None
-        partial, used = torch.zeros(num_groups(NEURONS), rows, HIDDEN), torch.zeros(NEURONS, dtype=torch.int32)
-        counters, live = torch.zeros(NUM_COUNTERS, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
-        add_ffn(x, records, act, mask, least, x, h, partial, used, counters, live)
+        layout = BundleLayout.make(HIDDEN, gated, dtype)
+        home = GpuHome(1, NEURONS, layout, register=False)
+        slots = GpuSlots(home, (NEURONS // 4,), np.ones((1, NEURONS), np.float32), (0,), CPU)
+        masks = AllMasks(rows) if masked else None
+        least = torch.zeros(1, NEURONS) if masked else None
+        ffn = GpuFFN(slots, act, masks, least, rows, NEURONS, torch.bfloat16)
+        ffn.decode(0, torch.zeros(rows, HIDDEN), torch.ones(rows, dtype=torch.int64), torch.zeros(rows, HIDDEN))
 
     return call
+
+
+class AllMasks:
+    """Every neuron, as one that predicts would say it."""
+
+    name, num_bytes = "all", 0
+
+    def __init__(self, rows: int) -> None:
+        self._mask = torch.ones(rows, NEURONS, dtype=torch.uint8)
+
+    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return self._mask
 
 
 def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:

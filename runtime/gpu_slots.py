@@ -51,7 +51,7 @@ class GpuSlots:
         pin = device.type == "cuda"
         self._seen = torch.zeros(NUM_COUNTERS, dtype=torch.int64, pin_memory=pin)
         self._wanted = torch.tensor(self.slots_per_layer, device=device)[:, None]
-        prior = torch.from_numpy(np.ascontiguousarray(frequency, np.float32))
+        prior = torch.from_numpy(np.array(frequency, np.float32))  # a copy: it is changed
         for layer, num in enumerate(pinned):
             prior[layer, :num] = torch.inf
         self._score = (prior * _PRIOR_STEPS).to(device)
