@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_results import Figures, Results, say
+from benchmarks.gpu_results import BROKEN, Figures, Results, say
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 49152
@@ -65,16 +65,14 @@ def dense_group(options: argparse.Namespace, results: Results) -> None:
 
 
 def afm_group(options: argparse.Namespace, results: Results) -> None:
-    large_shape("afm-4.5b", "trace-relu2.npz", options, results, batches=(4, 16))
+    large_shape("afm-4.5b", options, results, batches=(4, 16))
 
 
 def llama_group(options: argparse.Namespace, results: Results) -> None:
-    large_shape("llama-7b", "trace-third.npz", options, results)
+    large_shape("llama-7b", options, results)
 
 
-def large_shape(
-    name: str, trace_file: str, options: argparse.Namespace, results: Results, batches: tuple[int, ...] = ()
-) -> None:
+def large_shape(name: str, options: argparse.Namespace, results: Results, batches: tuple[int, ...] = ()) -> None:
     """Decode at every residency, 20 % first, and beside it by lists of ids; with `batches` also those, dense with all
     resident, and a prefill. One home for all."""
     import torch
@@ -82,6 +80,7 @@ def large_shape(
     from benchmarks.gpu_decode import measure_decode, measure_dense
     from benchmarks.gpu_prefill import measure_prefill
     from benchmarks.gpu_product import ProductTraced, make_home
+    from benchmarks.gpu_reference import TRACES
     from benchmarks.gpu_shapes import shape_plan, weight_cap
     from benchmarks.gpu_traced import TracedModel
     from benchmarks.make_checkpoint import SHAPES
@@ -90,7 +89,7 @@ def large_shape(
 
     shape, ceilings = SHAPES[name], results.read()["steps"]["ceilings"]
     layout = BundleLayout.make(shape.hidden_size, shape.gated, BundleDtype.BF16)
-    replay = Replay(Trace.read(options.parts / trace_file), shape.num_hidden_layers, shape.intermediate_size)
+    replay = Replay(Trace.read(options.parts / TRACES[name]), shape.num_hidden_layers, shape.intermediate_size)
     begin = time.monotonic()
     home = make_home(shape, layout)
     say(f"{name}: home of {home.num_bytes / 1e9:.1f} GB in {time.monotonic() - begin:.1f} s")
@@ -120,13 +119,14 @@ def large_shape(
         torch.cuda.empty_cache()
 
     step("decode 20 %", partial(decode, 20, 1))
-    step("by ids 20 %", partial(by_ids, 20))
-    step("decode 100 %", partial(decode, 100, 1))
     if batches:
         step("dense 100 %", dense)
-        step("by ids 100 %", partial(by_ids, 100))
+    step("decode 100 %", partial(decode, 100, 1))
+    step("by ids 20 %", partial(by_ids, 20))
     step("decode 10 %", partial(decode, 10, 1))
     step("decode 40 %", partial(decode, 40, 1))
+    if batches:
+        step("by ids 100 %", partial(by_ids, 100))
     for rows in batches:
         step(f"batch {rows}", partial(decode, 20, rows))
     if batches:
@@ -201,6 +201,7 @@ def run(options: argparse.Namespace) -> Figures:
     results = Results(path)
     data = results.read()
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    data["errors"] = {}  # of earlier runs: they are tried again
     data["runs"].append({"started": now, "commit": options.commit})
     results.write(data)
     for name, (_, least_s) in GROUPS.items():
@@ -220,12 +221,14 @@ def run(options: argparse.Namespace) -> Figures:
 def in_process_of_its_own(name: str, options: argparse.Namespace, seconds: float) -> None:
     arguments = ["--group", name, "--seconds", f"{seconds:.0f}", "--out", options.out, "--work", options.work]
     command = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments), "--parts", str(options.parts)]
-    begin = time.monotonic()
-    try:
-        code = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+    begin, code = time.monotonic(), BROKEN
+    while code == BROKEN:  # what broke is in the errors, and is not tried again by this run
+        try:
+            code = subprocess.run(command, cwd=ROOT, timeout=seconds - (time.monotonic() - begin)).returncode
+        except subprocess.TimeoutExpired:
+            say(f"{name}: cut after {seconds:.0f} s")
+            return
         say(f"{name}: exit code {code} after {time.monotonic() - begin:.1f} s")
-    except subprocess.TimeoutExpired:
-        say(f"{name}: cut after {seconds:.0f} s")
 
 
 def arguments() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
+BROKEN = 75  # exit code of a process whose CUDA context no longer works: what failed is noted, the rest needs another
 
 
 class Results:
@@ -38,9 +39,12 @@ class Results:
         return name in self.read()["steps"]
 
     def step(self, name: str, measure: Callable[[], Figures], deadline_s: float = float("inf")) -> Figures | None:
-        """Measures and keeps; what is there already is not measured again. None where it failed or time is up
-        (`deadline_s` of time.monotonic): the next step runs all the same."""
+        """Measures and keeps; what is there already is not measured again. None where it failed, now or before, or time
+        is up (`deadline_s` of time.monotonic): the next step runs all the same. SystemExit(BROKEN) when the GPU's
+        context failed with it."""
         data = self.read()
+        if name in data["errors"]:
+            return None
         if name in data["steps"]:
             found: Figures = data["steps"][name]
             return found
@@ -53,6 +57,8 @@ class Results:
         except Exception:
             traceback.print_exc()
             self._keep("errors", name, {"traceback": traceback.format_exc()[-2000:]})
+            if context_is_broken():
+                sys.exit(BROKEN)
             return None
         figures |= {"measured_in_s": round(time.monotonic() - begin, 2)}
         self._keep("steps", name, figures)
@@ -64,6 +70,18 @@ class Results:
         data["errors"].pop(name, None)
         data[what][name] = figures
         self.write(data)
+
+
+def context_is_broken() -> bool:
+    """Whether this process uses a GPU and no longer can."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def say(text: str) -> None:

@@ -34,7 +34,7 @@ def decode_rows(steps: Figures) -> Iterator[str]:
     yield "| shape | FFN on the GPU | active | tokens/s | over its floor | misses, of the reference's | of the link |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     for shape, percent, f in found:
-        misses = "" if f["reference_misses_per_step"] == 0 else f"{f['misses_over_reference']:.2f}"
+        misses = "" if f.get("misses_over_reference") is None else f"{f['misses_over_reference']:.2f}"
         link = "" if f["missed_bytes_per_step"] == 0 else f"{f['link_share']:.0%}"
         yield (
             f"| {SHAPES[shape]} | {percent} % | {f['active_share']:.1%} | {f['tokens_per_s']:.0f} | "
