@@ -14,14 +14,15 @@ import triton.language as tl
 
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
-_ROWS, _PLANES = 16, 128  # of a tile
+_BYTES = 64  # of a row of codes at once
 _ACTS = {"silu": 0, "relu": 1, "relu2": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePlanes:
-    """A PlaneMatrix where the GPU computes: dimension int64 [M], coefficient fp32 [M], codes uint8 [K, R], scale fp32
-    [K] with `unit` in it, bias fp32 [K]."""
+    """A PlaneMatrix where the GPU computes: dimension int64 and coefficient fp32 [8, R] (bit b of byte r is plane
+    8 r + b; past the last one the coefficient is zero), codes uint8 [K, R], scale fp32 [K] with `unit` in it, bias fp32
+    [K]."""
 
     dimension: torch.Tensor
     coefficient: torch.Tensor
@@ -38,9 +39,14 @@ class DevicePlanes:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+        def by_bit(array: np.ndarray) -> torch.Tensor:
+            whole = np.zeros(8 * planes.codes.shape[1], array.dtype)
+            whole[: array.size] = array
+            return put(whole.reshape(-1, 8).T)
+
         return cls(
-            put(dimension.astype(np.int64)),
-            put(coefficient),
+            by_bit(dimension.astype(np.int64)),
+            by_bit(coefficient),
             put(planes.codes),
             put(scale),
             put(planes.bias.astype(np.float32)),
@@ -52,7 +58,7 @@ class DevicePlanes:
         return sum(t.nbytes for t in (self.dimension, self.coefficient, self.codes, self.scale, self.bias))
 
     def signals(self, x: torch.Tensor) -> torch.Tensor:
-        """z fp32 [B, M] of x fp32 [B, D]: what a plane adds or subtracts."""
+        """z fp32 [B, 8, R] of x fp32 [B, D]: what a plane adds or subtracts."""
         return x[:, self.dimension] * self.coefficient
 
 
@@ -78,19 +84,20 @@ class DeviceSketch:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(  # type: ignore[no-untyped-def]
-    z, codes, ids, there, rows, row_bytes, planes: tl.constexpr, B: tl.constexpr, N: tl.constexpr, M: tl.constexpr
-):
-    """sum of z where a row's bit is set, less z where it is not, fp32 [N, B]; z [B, M]."""
-    total = tl.zeros([N, B], tl.float32)
-    for start in range(0, planes, M):
-        place = start + tl.arange(0, M)
-        inside = place < planes
-        byte = tl.load(codes + ids[:, None] * row_bytes + place[None, :] // 8, mask=there[:, None] & inside[None, :])
-        sign = (((byte.to(tl.int32) >> (place[None, :] % 8)) & 1) * 2 - 1).to(tl.float32)  # [N, M]
-        signal = tl.load(z + rows[:, None] * planes + place[None, :], mask=inside[None, :], other=0.0)  # [B, M]
-        total += tl.sum(sign[:, None, :] * signal[None, :, :], axis=2)
-    return total
+def _dot(z, codes, ids, there, rows, R: tl.constexpr, B: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sum of z where a row's bit is set, less z where it is not, fp32 [N, B]; z [B, 8, R]."""
+    sums = tl.zeros([N, B, BYTES], tl.float32)
+    total = tl.zeros([B, BYTES], tl.float32)
+    for start in range(0, R, BYTES):
+        place = start + tl.arange(0, BYTES)
+        inside = place < R
+        byte = tl.load(codes + ids[:, None] * R + place[None, :], mask=there[:, None] & inside[None, :], other=0)
+        byte = byte.to(tl.int32)
+        for bit in tl.static_range(8):
+            signal = tl.load(z + (rows[:, None] * 8 + bit) * R + place[None, :], mask=inside[None, :], other=0.0)
+            total += signal
+            sums += ((byte >> bit) & 1).to(tl.float32)[:, None, :] * signal[None, :, :]
+    return 2.0 * tl.sum(sums, 2) - tl.sum(total, 1)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -108,17 +115,16 @@ def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _masks(  # type: ignore[no-untyped-def]
     gate_z, gate_codes, gate_scale, gate_bias, up_z, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
-    gate_noise, up_noise, num, first, num_neurons, gate_bytes, up_bytes,
-    gate_planes: tl.constexpr, up_planes: tl.constexpr,
-    B: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCORED: tl.constexpr,
+    gate_noise, up_noise, num, first, num_neurons, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
+    B: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     ids = tl.program_id(0) * N + tl.arange(0, N)
     there, rows = ids < num, tl.arange(0, B)
     wide = ids.to(tl.int64)
-    up = _dot(up_z, up_codes, wide, there, rows, up_bytes, up_planes, B, N, M)
+    up = _dot(up_z, up_codes, wide, there, rows, up_bytes, B, N, BYTES)
     up += tl.load(up_bias + ids, mask=there, other=0.0)[:, None]
     if GATED:
-        centre = _dot(gate_z, gate_codes, wide, there, rows, gate_bytes, gate_planes, B, N, M)
+        centre = _dot(gate_z, gate_codes, wide, there, rows, gate_bytes, B, N, BYTES)
         centre += tl.load(gate_bias + ids, mask=there, other=0.0)[:, None]
         scale = tl.load(gate_scale + ids, mask=there, other=0.0)[:, None]
         noise = gate_noise
@@ -148,11 +154,11 @@ def plane_masks(
     up_z = up.signals(x)
     gate_z = up_z if gate is None else gate.signals(x)
     num = up.codes.shape[0]
-    tile = max(1, _ROWS // rows) if rows > 1 else _ROWS
+    tile = 32 if rows == 1 else 8 if rows <= 4 else 2
     _masks[(triton.cdiv(num, tile),)](
         gate_z, first.codes, first.scale, first.bias, up_z, up.codes, up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
         threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons,
-        first.codes.shape[1], up.codes.shape[1], first.dimension.numel(), up.dimension.numel(),
-        B=rows, N=tile, M=_PLANES, ACT=_ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None,
+        first.codes.shape[1], up.codes.shape[1], B=rows, N=tile, BYTES=_BYTES, ACT=_ACTS[sketch.act],
+        GATED=gate is not None, SCORED=scores is not None,
     )  # fmt: skip

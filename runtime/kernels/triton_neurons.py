@@ -19,10 +19,8 @@ import triton.language as tl
 from cache.bundle import BundleDtype, BundleLayout
 
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, NUM_COUNTERS = *range(6), 8
-DOWN_PROGRAMS = 264  # two a processor of an H100: each sums its share of the list apart
-_FACTOR_PROGRAMS = 1056
+_DOWN_PROGRAMS, _FACTOR_PROGRAMS = 264, 1056  # two and eight a processor of an H100; each sums its share apart
 _LISTED = 1024  # neurons of a program that lists
-_TILE = 4096  # numbers of a row, or of all rows together, at once
 _ACTS = {"silu": 0, "relu": 1, "relu2": 2}
 TORCH_DTYPES = {
     BundleDtype.BF16: torch.bfloat16,
@@ -51,9 +49,11 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Buffers that all layers share. ids int32 [F], count int32 [1], h fp32 [B F], partial fp32 [P B D]."""
+    """Buffers that all layers share. ids int32 [F] and places int64 [F], the addresses of their records; count int32
+    [1]; h fp32 [B F]; partial fp32 [P B D]."""
 
     ids: torch.Tensor
+    places: torch.Tensor
     count: torch.Tensor
     h: torch.Tensor
     partial: torch.Tensor
@@ -63,6 +63,7 @@ class Scratch:
         """For up to so many rows."""
         return cls(
             torch.zeros(num_neurons, dtype=torch.int32, device=device),
+            torch.zeros(num_neurons, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(rows * num_neurons, device=device),
             torch.zeros(programs(device) * rows * hidden, device=device),
@@ -71,15 +72,15 @@ class Scratch:
 
 def programs(device: torch.device) -> int:
     """P: few where they are interpreted one after the other."""
-    return DOWN_PROGRAMS if device.type == "cuda" else 3
+    return _DOWN_PROGRAMS if device.type == "cuda" else 3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list(  # type: ignore[no-untyped-def]
-    mask, live, table, used, ids, count, counters, NUM: tl.constexpr,
+    mask, live, table, used, ids, places, count, counters, slab, home, stride, NUM: tl.constexpr,
     B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Each program writes the ids of its block behind those of the blocks before, which it counts itself."""
+    """Each program writes ids and addresses of its block behind those of the blocks before, which it counts itself."""
     block = tl.program_id(0)
     before, predicted = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
     at = block * 0
@@ -100,9 +101,13 @@ def _list(  # type: ignore[no-untyped-def]
         own = tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32) if MASKED else there.to(tl.int32)
         taken |= own
         predicted += tl.sum(own).to(tl.int64)
-    tl.store(ids + before + tl.cumsum(taken, 0) - taken, place, mask=taken > 0)
+    k = before + tl.cumsum(taken, 0) - taken
+    slot = tl.load(table + place, mask=taken > 0, other=-1)
+    wide = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + place.to(tl.int64) * stride)
+    tl.store(ids + k, place, mask=taken > 0)
+    tl.store(places + k, wide, mask=taken > 0)
     tl.store(used + place, tl.load(used + place, mask=taken > 0, other=0) + 1, mask=taken > 0)
-    resident = (tl.load(table + place, mask=taken > 0, other=-1) >= 0) & (taken > 0)
+    resident = (slot >= 0) & (taken > 0)
     tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64))
     tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64))
     tl.atomic_add(counters + 5, predicted)
@@ -111,43 +116,46 @@ def _list(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(x, vector, row, width, TYPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [B, D] times the vector at an address, fp32 [B]."""
-    pointer = vector.to(tl.pointer_type(TYPE))
-    total = tl.zeros_like(row).to(tl.float32)
+def _dots(x, record, there, row, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [B, D] times the vectors that lie `at` words behind their records' addresses [N], fp32 [N, B]."""
+    total = tl.zeros([record.shape[0], row.shape[0]], tl.float32)
+    pointer = tl.multiple_of(record, ALIGN)
     for start in range(0, D, W):
         column = start + tl.arange(0, W)
         inside = column < D
-        weight = tl.load(pointer + column, mask=inside, other=0).to(tl.float32)
         xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
-        total += tl.sum(xs * weight[None, :], 1)
+        both = there[:, None] & inside[None, :]
+        weight = tl.load(pointer[:, None] + at + column[None, :], mask=both, other=0).to(tl.float32)
+        total += tl.sum(weight[:, None, :] * xs[None, :, :], 2)
     return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _factors(  # type: ignore[no-untyped-def]
-    x, ids, count, table, slab, home, mask, live, active_at, h, counters, stride, NUM: tl.constexpr,
+    x, ids, places, count, mask, live, active_at, h, counters, NUM: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr,
-    GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr,
-    ALIGN: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr,
+    GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """h[row, k] = act(up . x), or act(gate . x) * (up . x), of the k-th listed neuron; 0 where the row wants it not."""
     row = tl.arange(0, B)
     alive = tl.load(live + row) != 0
     total, active = tl.load(count), tl.zeros([], tl.int64)
-    k = tl.program_id(0)
-    while k < total:
-        neuron = tl.load(ids + k).to(tl.int64)
-        slot = tl.load(table + neuron).to(tl.int64)
-        record = tl.multiple_of(tl.where(slot >= 0, slab + slot * stride, home + neuron * stride), ALIGN)
-        up = _dot(x, record + UP_AT, row, 0, TYPE, D, W)
+    first = tl.program_id(0) * N
+    while first < total:
+        k = first + tl.arange(0, N)
+        there = k < total
+        neuron = tl.load(ids + k, mask=there, other=0)
+        place = tl.load(places + k, mask=there, other=0)
+        record = place.to(tl.pointer_type(TYPE))
+        up = _dots(x, record, there, row, UP_AT, D, W, ALIGN)
         if SCALED:
-            up *= tl.load((record + UP_SCALE).to(tl.pointer_type(tl.float32)))
+            up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = up
         if GATED:
-            z = _dot(x, record + GATE_AT, row, 0, TYPE, D, W)
+            z = _dots(x, record, there, row, GATE_AT, D, W, ALIGN)
             if SCALED:
-                z *= tl.load((record + GATE_SCALE).to(tl.pointer_type(tl.float32)))
+                z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         if ACT == 0:
             z = z / (1 + tl.exp(-z))
         else:
@@ -155,63 +163,66 @@ def _factors(  # type: ignore[no-untyped-def]
             if ACT == 2:
                 z = z * z
         value = tl.where(z == 0, 0.0, z * up) if GATED else z
-        own = alive
+        own = there[:, None] & alive[None, :]
         if MASKED:
-            own = alive & (tl.load(mask + row * NUM + neuron) != 0)
+            own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
         value = tl.where(own, value, 0.0)
-        tl.store(h + row * NUM + k, value)
+        tl.store(h + row[None, :] * NUM + k[:, None], value, mask=there[:, None] & (row < B)[None, :])
         if COUNTED:
-            least = tl.load(active_at + neuron)
-            active += tl.sum(((tl.abs(value) >= least) & (value != 0)).to(tl.int32)).to(tl.int64)
-        k += tl.num_programs(0)
+            least = tl.load(active_at + neuron, mask=there, other=0.0)
+            reached = (tl.abs(value) >= least[:, None]) & (value != 0)
+            active += tl.sum(tl.sum(reached.to(tl.int32), 1), 0).to(tl.int64)
+        first += tl.num_programs(0) * N
     if COUNTED:
         tl.atomic_add(counters + 4, active)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down(  # type: ignore[no-untyped-def]
-    h, ids, count, table, slab, home, partial, counters, stride, NUM: tl.constexpr,
-    DOWN_AT: tl.constexpr, DOWN_SCALE: tl.constexpr, B: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    h, places, count, partial, counters, slab, slab_end, NUM: tl.constexpr,
+    DOWN_AT: tl.constexpr, DOWN_SCALE: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """partial[program, row, tile of D] = sum over the program's share of the list, factors of zero left out."""
-    program, count_of = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
     column = tl.program_id(1) * W + tl.arange(0, W)
-    inside = column < D
     row = tl.arange(0, B)
     total = tl.load(count)
     misses, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     out = tl.zeros([B, W], tl.float32)
-    k = program
-    while k < total:
-        factor = tl.load(h + row * NUM + k)
-        if tl.max(tl.abs(factor), axis=0) > 0.0:
-            neuron = tl.load(ids + k).to(tl.int64)
-            slot = tl.load(table + neuron).to(tl.int64)
-            record = tl.multiple_of(tl.where(slot >= 0, slab + slot * stride, home + neuron * stride), ALIGN)
-            misses += tl.where(slot >= 0, 0, 1)
-            hits += tl.where(slot >= 0, 1, 0)
-            pointer = (record + DOWN_AT).to(tl.pointer_type(TYPE))
-            vector = tl.load(pointer + column, mask=inside, other=0).to(tl.float32)
-            if SCALED:
-                vector *= tl.load((record + DOWN_SCALE).to(tl.pointer_type(tl.float32)))
-            out += factor[:, None] * vector[None, :]
-        k += count_of
-    tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=inside[None, :])
+    first = program * N
+    while first < total:
+        k = first + tl.arange(0, N)
+        factor = tl.load(h + row[:, None] * NUM + k[None, :], mask=(k < total)[None, :], other=0.0)  # [B, N]
+        wanted = tl.max((factor != 0).to(tl.int32), 0) != 0
+        place = tl.load(places + k, mask=wanted, other=0)
+        resident = wanted & (place >= slab) & (place < slab_end)
+        hits += tl.sum(resident.to(tl.int64), 0)
+        misses += tl.sum((wanted & (resident == 0)).to(tl.int64), 0)
+        if SCALED:
+            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[None, :]
+        record = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN)
+        inside = wanted[:, None] & (column < D)[None, :]
+        vector = tl.load(record[:, None] + DOWN_AT + column[None, :], mask=inside, other=0).to(tl.float32)  # [N, W]
+        out += tl.sum(factor[:, :, None] * vector[None, :, :], 1)
+        first += tl.num_programs(0) * N
+    tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=(column < D)[None, :])
     if tl.program_id(1) == 0:
         tl.atomic_add(counters + 2, misses)
         tl.atomic_add(counters + 3, hits)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _reduce(partial, out, size, P: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out [B D] += the sum of partial [P, B D] over programs, in their order."""
+def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [B D] += the sum of partial [P, B D] over programs, in one order."""
     place = tl.program_id(0) * W + tl.arange(0, W)
     inside = place < size
-    total = tl.load(out + place, mask=inside, other=0.0)
-    for program in range(0, P):
-        total += tl.load(partial + program * size + place, mask=inside, other=0.0)
-    tl.store(out + place, total, mask=inside)
+    total = tl.zeros([N, W], tl.float32)
+    for first in range(0, P, N):
+        program = first + tl.arange(0, N)
+        both = (program < P)[:, None] & inside[None, :]
+        total += tl.load(partial + program[:, None] * size + place[None, :], mask=both, other=0.0)
+    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + tl.sum(total, 0), mask=inside)
 
 
 def add_ffn(
@@ -235,28 +246,29 @@ def add_ffn(
     if act not in _ACTS:
         raise ValueError(f"unknown activation {act}")
     (rows, hidden), (num, stride), layout = x.shape, records.home.shape, records.layout
-    at = {v.name: v.offset for v in layout.vectors}
+    item, cuda = layout.dtype.item_bytes, x.is_cuda
+    at = {v.name: v.offset // item for v in layout.vectors}
     scale = {v.name: v.scale_offset for v in layout.vectors}
     kind = {"TYPE": _TYPES[layout.dtype], "SCALED": layout.dtype is BundleDtype.INT8}
-    kind["ALIGN"] = math.gcd(stride, *at.values(), 16)
+    kind["ALIGN"] = math.gcd(stride, *(v.offset for v in layout.vectors), 16)
     home, slab = records.home.data_ptr(), records.slab.data_ptr()
-    wide = triton.next_power_of_2(hidden)
-    masked, cuda = mask is not None, x.is_cuda
+    masks = used if mask is None else mask
     _list[(triton.cdiv(num, _LISTED),)](
-        used if mask is None else mask, live, records.table, used, scratch.ids, scratch.count, counters, NUM=num,
-        B=rows, BLOCK=_LISTED, PAST=4096, MASKED=masked,
+        masks, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home, stride,
+        NUM=num, B=rows, BLOCK=_LISTED, PAST=8192, MASKED=mask is not None, num_warps=8,
     )  # fmt: skip
+    wide = min(1024, triton.next_power_of_2(hidden))
+    together = 4 if rows == 1 else 2 if rows <= 4 else 1  # neurons whose loads are under way at once
     _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
-        x, scratch.ids, scratch.count, records.table, slab, home, used if mask is None else mask, live,
-        scratch.h if active_at is None else active_at, scratch.h, counters, stride, NUM=num,
-        GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
-        GATED=layout.gated, ACT=_ACTS[act], B=rows, D=hidden, W=min(wide, _TILE // min(rows, 4)), MASKED=masked,
-        COUNTED=active_at is not None, **kind,
+        x, scratch.ids, scratch.places, scratch.count, masks, live, scratch.h if active_at is None else active_at,
+        scratch.h, counters, NUM=num, GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0),
+        UP_SCALE=scale["up"], GATED=layout.gated, ACT=_ACTS[act], B=rows, D=hidden, N=together, W=wide,
+        MASKED=mask is not None, COUNTED=active_at is not None, **kind,
     )  # fmt: skip
-    tile, num_programs = min(wide, 512), programs(x.device)
-    _down[(num_programs, triton.cdiv(hidden, tile))](
-        scratch.h, scratch.ids, scratch.count, records.table, slab, home, scratch.partial, counters, stride, NUM=num,
-        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, W=tile, **kind,
+    wide = min(1024 if rows <= 4 else 512, wide)
+    num_programs, size = programs(x.device), rows * hidden
+    _down[(num_programs, triton.cdiv(hidden, wide))](
+        scratch.h, scratch.places, scratch.count, scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num,
+        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=together, W=wide, **kind,
     )  # fmt: skip
-    size = rows * hidden
-    _reduce[(triton.cdiv(size, 256),)](scratch.partial, out, size, P=num_programs, W=256)
+    _reduce[(triton.cdiv(size, 32),)](scratch.partial, out, size, P=num_programs, N=64, W=32)

@@ -12,9 +12,9 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _plane_sums(
+def _plane_sums(  # type: ignore[no-untyped-def]
     codes, z, out, num, width: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, BYTES: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     row = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, NEURONS, BYTES], tl.float32)
