@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from runtime.kernels.reference import ReferenceKernels
 from runtime.lowrank import LowRank, ResidentGate, TwoLayer, make_low_rank, make_resident_gate, train_two_layer
+from runtime.predictor import PlanePredictor
 from runtime.sketches import (
     GroupSketch,
     InputStatistics,
@@ -168,3 +170,20 @@ def test_resident_gate_never_scores_a_provable_zero(layer: tuple[np.ndarray, ...
     assert recall(scores, magnitude(gate, up, down, x)) > 0.6
     again = ResidentGate.from_arrays(made.to_arrays(""), "", "relu2")
     np.testing.assert_array_equal(again.predict(x), scores)
+
+
+@pytest.mark.parametrize("num_pinned", [1, 12, 40])
+def test_a_pinned_set_only_adds(num_pinned: int) -> None:
+    """What the contract was measured with, nothing pinned, is computed beside any pinned set too."""
+    rng = np.random.default_rng(3)
+    gate, up, down = (rng.standard_normal((40, 24)).astype(np.float32) for _ in range(3))
+    statistics = InputStatistics.of(rng.standard_normal((300, 24)).astype(np.float32))
+    sketch = make_plane_sketch("relu2", gate, up, down, statistics, 1.69)
+    x = rng.standard_normal((5, 24)).astype(np.float32)
+    threshold = np.array([np.median(sketch.predict(x))], np.float32)
+    kernels = ReferenceKernels()
+    alone = PlanePredictor([sketch], threshold, 0, kernels).predict(0, x)
+    rest = sketch.without(np.arange(40) < num_pinned)
+    beside = PlanePredictor([rest], threshold, num_pinned, kernels).predict(0, x)
+    assert alone is not None and beside is not None and 0 < alone.mean() < 1
+    np.testing.assert_array_equal(beside, alone | (np.arange(40) < num_pinned))
