@@ -4,8 +4,8 @@
 
 Six novels (r-cran-janeaustenr) and documentation in prose, cleaned as for benchmarks/relu2_wins, no paragraph twice.
 Writes text.txt.xz, heldout.txt of a package of its own (a book of prose) that is not in it, and the record: every
-source with version, licence and characters. The calibration and the held-out text of this repository, and the packages that
-they come from, are none of it. Nothing is installed.
+source with version, licence and characters. The calibration and the held-out text of this repository, and the packages
+that they come from, are none of it. Nothing is installed.
 """
 
 from __future__ import annotations
