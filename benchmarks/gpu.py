@@ -73,8 +73,7 @@ def llama_group(options: argparse.Namespace, results: Results) -> None:
 
 
 def large_shape(name: str, options: argparse.Namespace, results: Results, batches: tuple[int, ...] = ()) -> None:
-    """Decode at every residency, 20 % first, and beside it by lists of ids; with `batches` also those, dense with all
-    resident, and a prefill. One home for all."""
+    """Decode at every residency, 20 % first; with `batches` also those, dense with all resident, and a prefill."""
     import torch
 
     from benchmarks.gpu_decode import measure_decode, measure_dense
@@ -82,7 +81,6 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
     from benchmarks.gpu_product import ProductTraced, make_home
     from benchmarks.gpu_reference import TRACES
     from benchmarks.gpu_shapes import shape_plan, weight_cap
-    from benchmarks.gpu_traced import TracedModel
     from benchmarks.make_checkpoint import SHAPES
     from benchmarks.traces import Replay, Trace
     from cache.bundle import BundleDtype, BundleLayout
@@ -99,11 +97,6 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
         model = ProductTraced(shape, VOCAB_SIZE, home, plan, replay, rows)
         found = measure_decode(model, replay, layout.stride, ceilings, rows)
         return found | {"ffn_on_gpu_percent": percent, "gpu_budget_bytes": weight_cap(plan)}
-
-    def by_ids(percent: int) -> Figures:
-        slots = shape.intermediate_size * percent // 100
-        model = TracedModel(shape, VOCAB_SIZE, layout, list(home.records), replay, slots)
-        return measure_decode(model, replay, layout.stride, ceilings)
 
     def dense() -> Figures:
         plan = shape_plan(shape, VOCAB_SIZE, 100, mode="dense")
@@ -122,11 +115,8 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
     if batches:
         step("dense 100 %", dense)
     step("decode 100 %", partial(decode, 100, 1))
-    step("by ids 20 %", partial(by_ids, 20))
     step("decode 10 %", partial(decode, 10, 1))
     step("decode 40 %", partial(decode, 40, 1))
-    if batches:
-        step("by ids 100 %", partial(by_ids, 100))
     for rows in batches:
         step(f"batch {rows}", partial(decode, 20, rows))
     if batches:

@@ -44,6 +44,7 @@ def decode_rows(steps: Figures) -> Iterator[str]:
 
 def beside(steps: Figures) -> Iterator[str]:
     """What the decode rows are to be held against, a sentence each."""
+    yield from _lists(steps)
     yield from _peers(steps)
     yield from _dense(steps)
     yield from _batches(steps)
@@ -59,18 +60,27 @@ def beside(steps: Figures) -> Iterator[str]:
         yield f"`pytest -m gpu`: {t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped."
 
 
+def _lists(steps: Figures) -> Iterator[str]:
+    found = [(p, steps[f"afm-4.5b by ids {p} %"]) for p in RESIDENCIES if f"afm-4.5b by ids {p} %" in steps]
+    if found:
+        each = (f"{f['tokens_per_s']:.0f} tokens/s at {p} % ({f['over_floor']:.2f}x its floor)" for p, f in found)
+        yield (
+            "Those rows are of kernels that went through whole masks. Kernels that list the neurons first, in the same "
+            f"run around attention in plain PyTorch: {', '.join(each)}. Lists are what is served since; rows of theirs "
+            "wait for the next run."
+        )
+
+
 def _peers(steps: Figures) -> Iterator[str]:
-    ours = steps.get("afm-4.5b decode 20 %")
-    if ours is None:
-        return
+    ours = {"ours": steps.get("afm-4.5b decode 20 %"), "by lists": steps.get("afm-4.5b by ids 20 %")}
     for name, what in (
-        ("afm-4.5b streaming 20 %", "our own streaming of whole layers from pinned memory"),
+        ("afm-4.5b streaming 20 %", "whole layers streamed from registered memory"),
         ("accelerate", "`accelerate` CPU offload with transformers"),
     ):
         if name in steps:
             speed = steps[name]["tokens_per_s"]
-            slower = ours["tokens_per_s"] / speed
-            yield f"Under the cap of the 20 % row: {what} {speed:.3g} tokens/s, {slower:.1f}x slower."
+            times = (f"{who} {f['tokens_per_s'] / speed:.1f}x" for who, f in ours.items() if f is not None)
+            yield f"Under the cap of the 20 % row: {what}, {speed:.3g} tokens/s; {', '.join(times)} that."
 
 
 def _dense(steps: Figures) -> Iterator[str]:
@@ -78,6 +88,9 @@ def _dense(steps: Figures) -> Iterator[str]:
         return
     sparse = steps.get("afm-4.5b decode 100 %")
     against = "" if sparse is None else f"; sparse {sparse['tokens_per_s']:.0f}"
+    plain = steps.get("afm-4.5b plain dense graph")
+    if plain is not None:
+        against += f"; a dense graph of plain PyTorch {plain['tokens_per_s']:.0f} ({plain['share_of_bound']:.0%})"
     yield (
         f"Everything resident: our dense CUDA graph {d['tokens_per_s']:.0f} tokens/s, {d['share_of_bound']:.0%} of "
         f"what the bandwidth allows{against}."

@@ -128,7 +128,7 @@ def random_sketch(
 
     def matrix() -> PlaneMatrix:
         allotted = allot_bits(np.exp(rng.normal(0, 1, hidden)), round(bits * hidden / 16) * 16).astype(np.uint8)
-        codes = np.frombuffer(rng.bytes(num * padded_bytes(int(allotted.sum()))), np.uint8).reshape(num, -1)
+        codes = rng.integers(0, 256, (num, padded_bytes(int(allotted.sum()))), np.uint8)
         half = np.ones(max(hidden, num), np.float16)
         return PlaneMatrix(allotted, half[:hidden], codes, half[:num].copy(), half[:num].copy(), 1.0, 1.0)
 

@@ -48,8 +48,10 @@ _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pac
 
 _MIB = 1 << 20
 _SHARE = 4  # one part in so many of what is left may go to each of: longer context, staging, rows, more sequences
-_CONTEXT_BYTES = 768 * _MIB  # context, loaded kernels and library workspaces; what a torch process holds beside tensors
-_CUDA_HOST_BYTES = 1024 * _MIB  # of main memory: CUDA's libraries and its side of the context, wherever measured
+# Measured on an H100 with torch 2.11 (benchmarks/gpu.py, step "overheads"): 755 MiB beside tensors; in main memory 303
+# MiB more than the 545 after the imports.
+_CONTEXT_BYTES = 768 * _MIB  # context, loaded kernels and library workspaces
+_CUDA_HOST_BYTES = 704 * _MIB  # beyond a server without a GPU: CUDA's libraries and its side of the context
 _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private pool rounds up
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
 _TABLE_BYTES = 32  # a neuron: slot 4, counters 16, threshold and norm 8, id list and its scores shared between layers

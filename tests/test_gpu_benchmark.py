@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu import counted
 from benchmarks.gpu_decode import Counted, measure_decode
 from benchmarks.gpu_dense import Attention, multiply, random_layer
-from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses
+from benchmarks.gpu_floors import Bandwidths, floor_s, reference_misses, steps_of
 from benchmarks.gpu_parts import join, write_parts, write_records
 from benchmarks.gpu_peers import decode_times, random_model
 from benchmarks.gpu_reference import add_reference
@@ -24,6 +24,7 @@ from benchmarks.gpu_shapes import shape_plan, weight_cap
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.rerank import compare
 from benchmarks.traces import ROW_STEP, Replay
+from cache.bundle import BundleDtype, BundleLayout
 from clients.scrape import Scrape
 from runtime.ffn import DenseFFN
 from runtime.load import prepare
@@ -206,3 +207,19 @@ def test_plain_dense_decode_is_finite_and_its_ffn_the_specification(gated: bool)
     attention.step(ffn)
     assert len(outs) == 2 and outs[1].shape == (3, 64) and torch.isfinite(outs[1].float()).all()
     assert attention.token.shape == (3,) and int(attention.token.max()) < 320
+
+
+def test_the_gpu_tier_is_driven_by_the_trace() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu_product import ProductTraced, make_home
+
+    shape = replace(SHAPES["tiny"], hidden_size=32, intermediate_size=2 * NEURONS, num_attention_heads=2, head_dim=16)
+    replay = Replay(make_trace()[0], 2, 2 * NEURONS)
+    home = make_home(shape, BundleLayout.make(32, False, BundleDtype.BF16), "cpu")
+    model = ProductTraced(shape, 64, home, shape_plan(shape, 64, 50), replay, 1, "cpu")
+    assert len(model.decode(3)) == 3
+    counted, steps = model.counted(), [steps_of(replay, layer, 0, 3) for layer in range(2)]
+    assert counted.lookups == sum(ids.size for of_layer in steps for ids in of_layer)
+    assert counted.hits == sum(int((ids < NEURONS).sum()) for of_layer in steps for ids in of_layer)
+    assert counted.missed_bytes >= (counted.lookups - counted.hits) * 64 and model.fixed_bytes > 0
+    home.close()
