@@ -28,6 +28,7 @@ from runtime.engine_stats import MemoryLevels
 from runtime.packed import SketchSize
 from runtime.plan import (
     BLOCK_SIZE,
+    LAYERS_AT_ONCE,
     SCORE_ROWS,
     ModelSizes,
     PlanOptions,
@@ -54,7 +55,10 @@ _CONTEXT_BYTES = 768 * _MIB  # context, loaded kernels and library workspaces
 _CUDA_HOST_BYTES = 704 * _MIB  # beyond a server without a GPU: CUDA's libraries and its side of the context
 _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private pool rounds up
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
-_TABLE_BYTES = 32  # a neuron: slot 4, counters 16, threshold and norm 8, id list and its scores shared between layers
+_TABLE_BYTES = 56  # a neuron: slot, uses, score and threshold 16; what ranking makes of them 40, for a moment
+_LISTED_BYTES = 12  # a neuron of one layer: its id and its record's address
+_SUMS = 264  # sums of a step's rows that are made apart (runtime/kernels/triton_neurons.py)
+_PROMPT_ROWS = 64  # of a prompt that attend together (EngineConfig.prefill_chunk)
 _NEURON_BYTES = 48  # a neuron in main memory: frequency, ranks, counters read back
 _HOST_SLACK_BYTES = 32 * _MIB
 _HOST_HEADROOM_BYTES = 32 * _MIB
@@ -228,6 +232,7 @@ class _Sizes(ModelSizes):
 
     def details(self, shape: _Shape) -> dict[str, int]:
         """On the device, "use.what" -> bytes."""
+        c = self.config
         return {
             "context.driver": _CONTEXT_BYTES,
             **self.resident(shape.max_model_len),
@@ -238,32 +243,41 @@ class _Sizes(ModelSizes):
             "staging.buffers": 2 * shape.staged_neurons * self.layout.stride,
             "scratch.prefill": self._prefill_bytes(shape),
             "scratch.logits": self._logit_bytes(),
+            "scratch.lists": c.intermediate_size * _LISTED_BYTES + _SUMS * self.buckets[-1] * c.hidden_size * 4,
             "scratch.graphs": len(self.buckets) * (_GRAPH_BYTES + self._decode_bytes(shape.max_model_len)),
             "scratch.allocator": _ALLOCATOR_BYTES,
         }
 
     def memory_details(self, max_model_len: int) -> dict[str, int]:
-        """In main memory, "use.what" -> bytes; the headroom aside."""
+        """In main memory, "use.what" -> bytes; the headroom aside. Resident matrices pass through a layer at a time,
+        embedding and head stay until all are on the device."""
+        resident = self.resident(max_model_len)
+        passing = resident["resident.attention"] * LAYERS_AT_ONCE // self.config.num_hidden_layers
+        passing += resident["resident.embedding"] + resident["resident.head"]
         return {
             **self.process(self.measured_process_bytes, _CUDA_HOST_BYTES),
             "home.records": self.ffn_bytes,
             "tables.neurons": self.num_neurons * _NEURON_BYTES,
             "scratch.requests": self.request_bytes(max_model_len),
-            "scratch.loading": self.load_bytes(),
+            "scratch.loading": self.load_bytes() + passing,
             "scratch.allocator": _HOST_SLACK_BYTES,
         }
 
     def _prefill_bytes(self, shape: _Shape) -> int:
         """A step's rows: residual, normed and projected in fp32 and as they are multiplied, one sequence's keys and
-        values gathered, and what the staged neurons make of the rows."""
+        values gathered, a prompt's scores, and what the staged neurons make of the rows: up, gate, what the activation
+        passes through, and their product as it is multiplied with down."""
         c = self.config
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        rows = shape.prefill_rows * (4 * (8 * c.hidden_size + 6 * heads) + shape.staged_neurons * (4 + 4 + 2))
+        staged = shape.staged_neurons * (3 * 4 + 2 + (4 if c.gated else 0))
+        rows = shape.prefill_rows * (4 * (8 * c.hidden_size + 6 * heads) + staged)
         gathered = shape.max_model_len * c.num_key_value_heads * c.head_dim * 2 * (4 + self.item_bytes)
-        return rows + gathered + shape.prefill_rows * shape.max_model_len * 2  # a mask of the context
+        scores = _PROMPT_ROWS * shape.max_model_len * (2 + 3 * 4 * c.num_attention_heads)
+        return rows + gathered + scores
 
     def _decode_bytes(self, max_model_len: int) -> int:
-        """Rows of the largest bucket: residual and projections, factors of all neurons, scores of the context."""
+        """A bucket's own, priced as the largest: residual and projections of its rows, masks and factors of all
+        neurons, scores of the context."""
         c = self.config
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         row = 4 * (8 * c.hidden_size + 6 * heads + 4 * c.intermediate_size) + 4 * c.num_attention_heads * max_model_len

@@ -330,7 +330,7 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
     sparse = opened.sparse(plan.num_pinned)
     frequency = _needs(opened.profile, sparse, opened.mode)
     slots = _slots(plan, sparse)
-    weights = _load_weights(packed, opened.dtype, progress)
+    weights = _load_weights(packed, opened.dtype, progress, streamed=True)  # a layer at a time through main memory
     parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, torch.device("cuda", 0), progress)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
