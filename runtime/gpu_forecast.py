@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_KERNELS = 14  # of a layer's decode step
+_KERNELS = 88  # small ones that a layer's step comes to beside its bytes: 3.25 ms of 36 layers (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)

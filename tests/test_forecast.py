@@ -11,7 +11,7 @@ from cache.bundle import BundleDtype, BundleLayout
 from cache.device_curve import ReadCost
 from cache.store import BundleFile
 from runtime.forecast import _CALLS, _LAST_PIECE, _NEURON_S, _SCATTERED, Machine, ReadTerms, forecast
-from runtime.gpu_forecast import GpuMachine, gpu_forecast
+from runtime.gpu_forecast import _KERNELS, GpuMachine, gpu_forecast
 from runtime.gpu_plan import DeviceMemory
 from runtime.kernels import select
 from runtime.machine import measure_machine
@@ -91,7 +91,7 @@ def test_on_a_gpu_bytes_are_read_with_what_their_place_gives() -> None:
     misses = float(frequency.sum()) - hot
     assert found.read_bytes == pytest.approx(misses * 1000)
     assert found.link_s == pytest.approx(misses * 1000 / 1e9)
-    assert found.compute_s == pytest.approx((500_000 + hot * 1000) / 1e11 + LAYERS * 14 * 1e-6)
+    assert found.compute_s == pytest.approx((500_000 + hot * 1000) / 1e11 + LAYERS * _KERNELS * 1e-6)
     assert 1 / found.tokens_per_s == pytest.approx(found.link_s + found.compute_s)
     assert found.hit_share == pytest.approx(hot / frequency.sum())
     dense = gpu_forecast(1000, [50] * LAYERS, frequency, 0, GPU, dense=True)

@@ -14,15 +14,16 @@ BLOCK = 1024  # words a program loads at once: 4 KiB
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum_records(records, ids, out, num_ids, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    program = tl.program_id(0)
+def _sum_records(records, ids, out, num_ids, WORDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.int32)
-    for i in range(program, num_ids, tl.num_programs(0)):
-        record = tl.load(ids + i).to(tl.int64) * words
-        for at in range(0, words, BLOCK):
+    while i < num_ids:
+        record = tl.load(ids + i).to(tl.int64) * WORDS
+        for at in range(0, WORDS, BLOCK):
             place = at + tl.arange(0, BLOCK)
-            total += tl.load(records + record + place, mask=place < words, other=0)
-    tl.store(out + program, tl.sum(total))
+            total += tl.load(records + record + place, mask=place < WORDS, other=0)
+        i += tl.num_programs(0)
+    tl.store(out + tl.program_id(0), tl.sum(total))
 
 
 def sum_records(records: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:

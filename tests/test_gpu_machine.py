@@ -1,0 +1,30 @@
+"""The kernel that bandwidths are measured with reads every word of the records it is given, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from runtime.gpu_machine import gpu_memory
+from runtime.kernels.triton_read import sum_records
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(("num", "words", "taken", "programs"), [(7, 40, 5, 3), (20, 2576, 9, 4), (3, 1030, 3, 8)])
+def test_sums_of_scattered_records(num: int, words: int, taken: int, programs: int) -> None:
+    dice = torch.Generator().manual_seed(num)
+    records = torch.randint(-1000, 1000, (num, words), dtype=torch.int32, generator=dice)
+    ids = torch.randperm(num, generator=dice)[:taken].to(torch.int32)
+    out = torch.full((programs,), 77, dtype=torch.int32, device=DEVICE)
+    sum_records(records.pin_memory() if DEVICE.type == "cuda" else records, ids.to(DEVICE), out)
+    assert int(out.sum()) == int(records[ids.long()].sum())
+
+
+def test_a_gpu_is_found_where_one_is() -> None:
+    found = gpu_memory()
+    assert (found is not None) == torch.cuda.is_available()
+    assert found is None or 0 < found.free_bytes <= found.total_bytes
