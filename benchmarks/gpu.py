@@ -3,13 +3,15 @@
     python -m benchmarks.traces record RELU2 --tokens 640 --cett 0.05 --out .gpu/trace-relu2.npz          # here
     python -m benchmarks.traces record RELU2 --tokens 320 --active 0.3333 --out .gpu/trace-third.npz
     python -m benchmarks.gpu_parts split --out .gpu --work DIR
-    python3 -m benchmarks.gpu --out "$OUT" --commit HASH [--seconds 520] [--previous FILE]                # there
+    bash benchmarks/gpu_there.sh "$OUT" COMMIT 520 ceilings afm dense accelerate llama http tests         # there
+    python -m benchmarks.gpu_reference benchmarks/results/gpu.json --parts .gpu                           # here again
+    python -m benchmarks.gpu_table benchmarks/results/gpu.json --readme README.md
 
 Groups run in the order of their worth, each in a process of its own, so that one that breaks leaves the others a sound
 GPU. Every step is written to OUT/gpu.json at once; a run begins with what --previous holds (a file that an earlier run
 wrote) and measures what is missing, as far as --seconds go. The last line is one JSON object. Weights of the large
 shapes are random and made on the GPU, the sets that are computed come from traces (benchmarks/traces.py); floors are
-bytes that the run counted over bandwidths that it measured. Tables: benchmarks/gpu_table.py.
+bytes that the run counted over bandwidths that it measured.
 """
 
 from __future__ import annotations
