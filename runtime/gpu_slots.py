@@ -23,7 +23,7 @@ from runtime.kernels.triton_neurons import (
     Records,
 )
 
-RERANK_STEPS, RERANK_STEPS_WIDE = 32, 8  # between two rankings; the second where more than a third of the FFN fits
+RERANK_STEPS, RERANK_STEPS_WIDE = 16, 8  # between two rankings; the second where more than a third of the FFN fits
 _WIDE = 1 / 3
 _DECAY = 0.98  # a step
 _PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - decay)
