@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disk_report import write_report
+from benchmarks.disk_report import disturbed, write_report
 from benchmarks.memory_cgroup import MemoryCgroup, NoCgroup
+from benchmarks.processors import children_seconds, cpu_seconds
 from cache.budget import parse_size
 
 STAGES = ("prepare", "reader", "kernels", "decode", "whole", "plan", "ablation", "sweep", "prompt", "report")
@@ -112,7 +113,9 @@ def decode_cases(bench: Bench) -> Iterator[Case]:
     for memory in BUDGETS:
         yield bench.ours("decode", f"bf16 {memory}", "bf16", memory)
         yield from bench.theirs("decode", f"llama.cpp bf16 {memory}", "bf16", memory)
+        yield bench.ours("decode", f"bf16 {memory}, what is active", "bf16", memory, "--sets", "active")
     yield bench.ours("decode", "int8 3GiB", "int8", "3GiB")
+    yield bench.ours("decode", "int8 3GiB, what is active", "int8", "3GiB", "--sets", "active")
     yield from bench.theirs("decode", "llama.cpp q8_0 3GiB", "q8_0", "3GiB")
     yield from bench.theirs("decode", "llama.cpp q4_0 3GiB", "q4_0", "3GiB")
 
@@ -207,6 +210,9 @@ def run_stage(bench: Bench, stage: str) -> None:
             if (stage, case.name, number) in done or not wanted(case.name, bench.options.only):
                 continue
             figures = run_case(case)
+            if disturbed(figures):
+                say(f"  once more: others took {figures['others_busy']:.0%} of the processors")
+                figures = min(figures, run_case(case), key=lambda f: f.get("others_busy", 1.0))
             record = {"stage": stage, "name": case.name, "round": number, "time": time.time(), **figures}
             with bench.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
@@ -228,6 +234,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def _output(case: Case, command: list[str], group: MemoryCgroup | None) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("COLDSTREAM_") and k != "OMP_NUM_THREADS"}
+    before, own = cpu_seconds(), children_seconds()
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=case.timeout_s)
     except subprocess.TimeoutExpired:
@@ -237,10 +244,12 @@ def _output(case: Case, command: list[str], group: MemoryCgroup | None) -> dict[
         say(f"  failed: {why[-1] if why else done.returncode}")
         return {"failed": why[-1] if why else f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    busy, total = (b - a for a, b in zip(before, cpu_seconds(), strict=True))
+    found["others_busy"] = (busy - (children_seconds() - own)) / max(total, 1e-9)
     if group is not None:
         counters = group.counters()
         found |= {"limit_bytes": case.limit, "peak_bytes": counters.peak_bytes, "oom_kills": counters.oom_kills}
-    brief = {k: found[k] for k in ("tokens_per_s", "hit_rate", "cpu_busy", "disk_bytes_per_s") if k in found}
+    brief = {k: found[k] for k in ("tokens_per_s", "hit_rate", "cpu_busy", "others_busy") if k in found}
     say("  " + json.dumps(brief))
     return found
 

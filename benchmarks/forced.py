@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.processors import cpu_seconds
 from benchmarks.traces import Replay, ReplayPredictor, Trace
 from cache.budget import parse_size
 from cache.errors import ColdstreamError
-from cache.policy import DecayedFrequency
+from cache.policy import DECAY, DecayedFrequency
 from cache.stats import CacheSnapshot
 from runtime.batch import Batch, BatchKind, SequenceView
 from runtime.kernels import Kernels
@@ -119,7 +120,7 @@ def make_policy(name: str, prior: np.ndarray, replay: Replay, num_tokens: int) -
     if name == "ours":
         return DecayedFrequency(prior)
     if name == "lfu":
-        return DecayedFrequency(prior * 1e-6)
+        return DecayedFrequency(prior * 1e-6, 0.98)
     if name == "belady":
         return Oracle(replay, num_tokens)
     return (Recency if name == "lru" else Ranking)(np.minimum(prior, 1.0).astype(np.float64))
@@ -155,7 +156,7 @@ def open_plain(options: argparse.Namespace, adapt: AdaptPredictor | None = None)
 def decode(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of `tokens` decoded tokens after `warm` ones."""
     config = open_packed(options.model).config
-    replay = Replay(Trace.read(options.trace), config.num_hidden_layers, config.intermediate_size)
+    replay = Replay(forced_trace(options), config.num_hidden_layers, config.intermediate_size)
     made: list[ReplayPredictor] = []
     loaded = open_forced(options, replay, made)
     try:
@@ -172,6 +173,16 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         return found | _about(loaded, options)
     finally:
         loaded.close()
+
+
+def forced_trace(options: argparse.Namespace) -> Trace:
+    """With the sets that are asked for in place of its own. SystemExit when it has none of those."""
+    trace = Trace.read(options.trace)
+    if options.sets == "active":
+        if "active" not in trace.beside:
+            raise SystemExit(f"--sets active: {options.trace} was not recorded from a packed model")
+        trace = replace(trace, bits=trace.beside["active"])
+    return trace
 
 
 def _replace_policy(loaded: Loaded, name: str, replay: Replay, num_tokens: int, num_pinned: int) -> None:
@@ -270,7 +281,7 @@ def reference_misses(loaded: Loaded, replay: Replay, warm: int, last: int, num_p
             mask[:num_pinned] = True
         steps = [np.flatnonzero(mask) for mask in masks]
         with np.errstate(invalid="ignore"):
-            hits, early = (int(frequency(s, [num_slots], prior[layer], 0.98)[0]) for s in (steps, steps[:warm]))
+            hits, early = (int(frequency(s, [num_slots], prior[layer], DECAY)[0]) for s in (steps, steps[:warm]))
         total += sum(s.size for s in steps[warm:]) - (hits - early)
     return total
 
@@ -319,17 +330,10 @@ def _about(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
         "peak_rss_bytes": int(status["VmHWM"].split()[0]) << 10,
         "context": CONTEXT,
         "policy": options.policy,
+        "sets": options.sets,
         "lookahead": options.lookahead,
         "tokens": options.tokens,
     }
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """(busy, all) of this machine's processors so far; interrupts count as busy, waiting for a disk as idle."""
-    fields = [float(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    idle, total = fields[3] + fields[4], sum(fields)
-    tick = os.sysconf("SC_CLK_TCK")
-    return (total - idle) / tick, total / tick
 
 
 def arguments() -> argparse.Namespace:
@@ -337,6 +341,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("verb", choices=["decode", "prompt"])
     parser.add_argument("model", type=Path, help="a packed model, of random weights for instance")
     parser.add_argument("--trace", type=Path, help="of benchmarks/traces.py; decode only")
+    parser.add_argument(
+        "--sets", default="taken", choices=["taken", "active"], help="by the predictor, or truly active"
+    )
     parser.add_argument("--memory", help="as in `coldstream serve`")
     parser.add_argument("--mode", default="sparse", choices=["dense", "sparse"])
     parser.add_argument("--threads", type=int)

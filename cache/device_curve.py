@@ -29,7 +29,7 @@ LARGEST_BATCH_BYTES = 64 << 20  # of a point: beyond a layer's worth nothing new
 SMALLEST_FILE_BYTES = 32 << 20  # less tells of caches, not of a device
 DEFAULT_MERGE_GAP_BYTES = 8 << 10  # without a curve: less than one more request costs (benchmarks/LOG.md)
 
-_LARGEST_MERGE_GAP_BYTES = 8 << 10  # wider gaps doubled the bytes and gained no time (benchmarks/LOG.md)
+_LARGEST_MERGE_GAP_BYTES = 12 << 10  # wider gaps double the bytes and gain no time (benchmarks/LOG.md)
 _POINT_S = 0.05  # of reading, for each point: 3.5 s in all where there are three ways
 _ARENA_BYTES = 4 << 20
 _WAYS = ("io_uring", "pread", "buffered")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+DECAY = 0.95  # a use twenty steps ago counts a third: better than 0.98 and than recency (benchmarks/LOG.md)
 _RESCALE_AT = 1e12  # increments grow by 1/decay a step; fold them back long before float64 runs out of digits
 
 
@@ -18,7 +19,7 @@ class DecayedFrequency:
     tokens [L, F] that used a neuron in the profile; it enters as the score which that share would have in the long run.
     """
 
-    def __init__(self, prior: np.ndarray, decay: float = 0.98) -> None:
+    def __init__(self, prior: np.ndarray, decay: float = DECAY) -> None:
         self._decay = decay
         self._scores = prior.astype(np.float64) / (1.0 - decay)  # [L, F]
         self._increment = np.ones(prior.shape[0])  # [L]

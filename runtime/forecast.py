@@ -19,7 +19,9 @@ from cache.reader import volume
 from cache.store import BundleFile
 
 _SAMPLES = 16  # tokens drawn for each layer
-_CALLS = 150  # small operations of a layer that cost their call and no more
+_CALLS = 350  # small operations of a layer that cost their call and no more
+_READ_CALLS = 250  # more of them, where a layer reads
+_REQUEST_S = 1.5e-6  # of the processor's, for each read, while nothing else is done
 _NEURON_S = 15e-9  # of masks, look-up and counting, for each neuron there is
 _SCATTERED = 0.7  # of the speed at which matrices are read: records lie apart
 _CHECK_BYTE_S = 0.2e-9  # of checking or copying a byte that was streamed or read: 5 GB/s
@@ -89,6 +91,8 @@ def forecast(
         checked = file.layer_bytes if num_bytes and share.min() >= 1.0 else num_bytes  # streamed: what stays is copied
         busy_s = ffn_s + checked * _CHECK_BYTE_S
         total_s += max(read_s, busy_s) + min(read_s, busy_s) * _LAST_PIECE + file.num_neurons * _NEURON_S
+        if num_bytes:
+            total_s += _READ_CALLS * machine.call_s + requests * _REQUEST_S
         needed, hits = needed + float(share.sum()), hits + float(share[~absent].sum())
         read_bytes, num_requests, disk_s = read_bytes + num_bytes, num_requests + requests, disk_s + read_s
     return Forecast(1 / total_s, disk_s, total_s - disk_s, read_bytes, num_requests, hits / max(needed, 1e-9))

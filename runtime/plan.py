@@ -52,6 +52,7 @@ _NEURON_BYTES = 48  # slot table 4, owner 4, decayed score 8, its prior 12, thre
 _SKETCH_BITS = 1.7  # a weight of gate and up, for a model that is not packed yet
 _SPARSE_SHARE = 4  # one part in so many of a sparse layer is staged at most, unless that is next to nothing
 _SPARSE_STAGING_BYTES = 16 * _MIB
+_SKETCH_PACE = 3  # sketches are read so many times slower than matrices
 _PIECES_BYTES = 32 * _MIB  # read or dequantised at once while a tensor is loaded
 _PROFILE_BYTES = 64  # a neuron: its frequencies at each calibrated target, while loading
 _REQUEST_BYTES = 64 << 10  # a request's objects, queues and text
@@ -156,9 +157,11 @@ class Plan:
 
     @property
     def multiplied_bytes(self) -> int:
-        """Of what every token is multiplied with, records of neurons aside: attention, head, predictor."""
+        """Of what every token is multiplied with, records of neurons aside: attention, head, and the predictor, which
+        counts as the matrices that take its time."""
         head = self.details["resident.head"] or self.details["resident.embedding"]
-        return (self.streamed_bytes or self.details["resident.attention"]) + head + self.predictor_bytes
+        predictor = self.predictor_bytes * (_SKETCH_PACE if self.mode == "sparse" else 1)
+        return (self.streamed_bytes or self.details["resident.attention"]) + head + predictor
 
     def uses(self) -> dict[str, int]:
         """Bytes planned by use, in the tier cpu; their sum is at most the budget."""
@@ -536,13 +539,13 @@ def _too_small(sizes: _Sizes, budget: int, source: str, smallest: int) -> str:
 
 
 def _divide(sizes: _Sizes, budget: int, source: str, smallest: int, host: HostMemory) -> Plan:
-    """The largest pinned set that the slots hold: it needs no sketch, and hides behind the reads. None where nothing
-    is read."""
+    """The largest pinned set that the slots hold and that hides behind reads: it needs no sketch. What is read falls
+    faster than slots grow, about with the square of what is absent; where nothing is, nothing is pinned."""
     room = budget - headroom(budget)
-    shape = _shape(sizes, room, 0)
-    if shape.num_slots < sizes.num_neurons:
-        shapes = (_shape(sizes, room, num_pinned) for num_pinned in sizes.pinned_sizes)
-        shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
+    absent = 1 - _shape(sizes, room, 0).num_slots / sizes.num_neurons
+    hidden = int(absent**2 * sizes.config.intermediate_size)
+    shapes = (_shape(sizes, room, num_pinned) for num_pinned in sizes.pinned_sizes if num_pinned <= hidden)
+    shape = next(s for s in shapes if s.num_slots >= s.num_pinned * len(sizes.sketches))
     return _plan(sizes, shape, budget, source, smallest, host)
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cache.policy import DecayedFrequency
+from cache.policy import DECAY, DecayedFrequency
 
 Steps = Sequence[np.ndarray]
 POLICIES = ("static", "lru", "lfu", "ours", "belady")
-_DECAY = 0.98
+_LFU_DECAY = 0.98  # of the plain one that is shown beside ours
 
 
 def hit_rates(steps: Steps, num_ids: int, capacities: Sequence[int], prior: np.ndarray) -> dict[str, list[float]]:
@@ -29,8 +29,8 @@ def hit_rates(steps: Steps, num_ids: int, capacities: Sequence[int], prior: np.n
     found = {
         "static": static(steps, capacities, prior),
         "lru": recency(steps, capacities, prior),
-        "lfu": frequency(steps, capacities, prior * 1e-6, _DECAY),
-        "ours": frequency(steps, capacities, prior, _DECAY),
+        "lfu": frequency(steps, capacities, prior * 1e-6, _LFU_DECAY),
+        "ours": frequency(steps, capacities, prior, DECAY),
         "belady": np.asarray([belady(steps, num_ids, c) for c in capacities]),
     }
     total = max(1, sum(s.size for s in steps))
@@ -48,11 +48,11 @@ def pool_hit_rates(
     """hit_rates of one pool; priors [L, F] as for a layer. A token decays counts as much as in a cache of one layer."""
     steps, num_layers = pooled(layers, num_neurons), len(layers)
     flat = priors.reshape(-1)
-    decay = _DECAY ** (1 / num_layers)  # a step, of which a token has one for every layer
+    decay, lfu_decay = (d ** (1 / num_layers) for d in (DECAY, _LFU_DECAY))  # a step: one for every layer of a token
     found = {
         "static": static(steps, capacities, flat),
         "lru": recency(steps, capacities, flat),
-        "lfu": frequency(steps, capacities, flat * 1e-6, decay),
+        "lfu": frequency(steps, capacities, flat * 1e-6, lfu_decay),
         "ours": frequency(steps, capacities, flat / num_layers, decay),
         "belady": np.asarray([belady(steps, flat.size, c) for c in capacities]),
     }

@@ -54,7 +54,7 @@ def test_a_fit_finds_the_cost_that_made_the_points() -> None:
     np.testing.assert_allclose(
         [found.batch_s, found.request_s, found.byte_s], [COST.batch_s, COST.request_s, COST.byte_s], rtol=1e-6
     )
-    assert found.merge_gap_bytes == 8 << 10  # 24,000 bytes cost no more than a request, but there is a limit
+    assert found.merge_gap_bytes == 12 << 10  # 24,000 bytes cost no more than a request, but there is a limit
     cheaper = fit(points(ReadCost(COST.batch_s, COST.request_s / 4, COST.byte_s)))
     assert cheaper.merge_gap_bytes == pytest.approx(6000, abs=2)
 
@@ -63,7 +63,7 @@ def test_no_term_of_a_fit_is_negative() -> None:
     odd = [Point(4096, 1, 1e-3), Point(4096, 64, 1e-4), Point(65536, 64, 1e-4)]
     found = fit(odd)
     assert min(found.batch_s, found.request_s, found.byte_s) >= 0
-    assert fit(points(ReadCost(0.0, 1e-5, 0.0))).merge_gap_bytes == 8 << 10  # bytes cost nothing: there is a limit
+    assert fit(points(ReadCost(0.0, 1e-5, 0.0))).merge_gap_bytes == 12 << 10  # bytes cost nothing: there is a limit
 
 
 def test_every_way_that_opens_is_measured_and_kept(file: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_made_model_decodes_what_is_forced(dtype: BundleDtype, tmp_path: Path)
         make_packed(SHAPE, tmp_path / "model", dtype, trace)
     options = dict(
         model=tmp_path / "model", trace=tmp_path / "trace", memory=None, mode="sparse", threads=1, io_engine="auto",
-        lookahead="none", merge_gap=0, max_model_len=1024, warm=3, tokens=5,
+        lookahead="none", sets="taken", merge_gap=0, max_model_len=1024, warm=3, tokens=5,
     )  # fmt: skip
     replay = Replay(trace, SHAPE.num_hidden_layers, SHAPE.intermediate_size)
     for policy in POLICIES if dtype is BundleDtype.BF16 else ("ours",):
