@@ -163,7 +163,7 @@ def sweep_cases(bench: Bench) -> Iterator[Case]:
 
 def prompt_cases(bench: Bench) -> Iterator[Case]:
     memory = f"{int(MODEL_BYTES[bench.options.shape] * _PROMPT_SHARE) >> 20}MiB"
-    base = ("prompt", bench.packed("bf16"), "--max-model-len", 1040, "--prompt-tokens", 1024)
+    base = ("prompt", bench.packed("bf16"), "--trace", bench.trace, "--max-model-len", 1040, "--prompt-tokens", 1024)
     yield Case("prompt", "prompt 40 %", bench.python("forced", *base, "--memory", memory), parse_size(memory))
     yield Case("prompt", "prompt, all in memory", bench.python("forced", *base, "--memory", "11GiB"))
 

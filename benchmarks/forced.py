@@ -1,7 +1,7 @@
 """One run of a packed model whose active sets are forced by a trace: tokens/s, bytes, and where the time goes.
 
     python -m benchmarks.forced decode PACKED --trace FILE --memory 3GiB [--tokens 48] [--policy lru] [--merge-gap 0]
-    python -m benchmarks.forced prompt PACKED --memory 3GiB [--prompt-tokens 1024]
+    python -m benchmarks.forced prompt PACKED --trace FILE --memory 3GiB [--prompt-tokens 1024]
 
 decode: one sequence at context 512, whose keys and values are zeros (they cost the same time), `--warm` tokens, then
 the timed ones. prompt: time to the first token of a prompt. Prints one JSON object. benchmarks/disk.py runs it, in a
@@ -295,7 +295,9 @@ def step(loaded: Loaded, kv: KVCache, blocks: np.ndarray, ids: list[int], first:
 
 def prompt(options: argparse.Namespace) -> dict[str, Any]:
     """Time to the first token of a prompt of random tokens: all its chunks, and the one step that makes a token."""
-    loaded = open_plain(options)
+    config = open_packed(options.model).config
+    replay = Replay(forced_trace(options), config.num_hidden_layers, config.intermediate_size)
+    loaded = open_forced(options, replay, [])
     try:
         kv, manager = loaded.new_kv()
         blocks = manager.allocate(options.prompt_tokens + 1)
@@ -340,7 +342,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["decode", "prompt"])
     parser.add_argument("model", type=Path, help="a packed model, of random weights for instance")
-    parser.add_argument("--trace", type=Path, help="of benchmarks/traces.py; decode only")
+    parser.add_argument("--trace", type=Path, required=True, help="of benchmarks/traces.py")
     parser.add_argument(
         "--sets", default="taken", choices=["taken", "active"], help="by the predictor, or truly active"
     )
@@ -360,8 +362,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    if options.verb == "decode" and options.trace is None:
-        raise SystemExit("--trace: decode needs one")
     run: Callable[[argparse.Namespace], dict[str, Any]] = decode if options.verb == "decode" else prompt
     try:
         print(json.dumps(run(options)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cache.bundle import BundleDtype, BundleLayout
-from cache.policy import DecayedFrequency, choose_swaps
+from cache.policy import DECAY, DecayedFrequency, choose_swaps
 from runtime import affinity, coactivation, replay
 from runtime.calibrate import LayerTail, thresholds
 from runtime.predictivity import predictivity, top_scores
@@ -217,7 +217,7 @@ class TestReplay:
     @pytest.mark.parametrize("seed", range(4))
     def test_ours_equals_the_shipped_policy(self, seed: int) -> None:
         steps, prior = trace(seed), np.random.default_rng(seed).random(40)  # without equals
-        found = replay.frequency(steps, self.CAPACITIES, prior, 0.98)
+        found = replay.frequency(steps, self.CAPACITIES, prior, DECAY)
         assert found.tolist() == [naive_shipped(steps, c, prior) for c in self.CAPACITIES]
 
     @pytest.mark.parametrize("seed", range(6))
