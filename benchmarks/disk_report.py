@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 Run = dict[str, Any]
+_ALL_BYTES = 11 << 30  # where there was no limit
 
 TARGETS = {  # ours over llama.cpp on the same weights and limit
     ("bf16 3GiB", "llama.cpp bf16 3GiB"): 5.0,
@@ -262,15 +264,19 @@ def plot(rows: Sequence[Run], path: Path) -> None:
 
 
 def _plot_sweep(axes: Any, rows: Sequence[Run]) -> None:
+    """Every run that had a limit, and those that had none at the right edge."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["stage"] == "sweep" and "tokens_per_s" in row:
-            name, percent, _ = row["name"].rsplit(" ", 2)
-            lines.setdefault(name, []).append((float(percent), row["tokens_per_s"]))
+        if (
+            row["stage"] in ("decode", "plan", "whole", "sweep")
+            and "tokens_per_s" in row
+            and "active" not in row["name"]
+        ):
+            system = re.sub(r",? (all in memory|[0-9]+(GiB| %))$", "", row["name"])
+            lines.setdefault(system, []).append((row.get("limit_bytes", _ALL_BYTES) / 1e9, row["tokens_per_s"]))
     for name, points in lines.items():
-        axes.plot(
-            *zip(*sorted(points), strict=True), marker="o", label=name if "llama" in name else f"coldstream {name}"
-        )
-    axes.set(xlabel="memory, % of the model in bf16", ylabel="tokens/s", yscale="log")
+        label = name if "llama" in name else f"coldstream {name}"
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(xlabel="memory, GB; the model in bf16 has 8.4", ylabel="tokens/s", yscale="log")
     if lines:
         axes.legend(fontsize=8)
