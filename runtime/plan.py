@@ -573,7 +573,8 @@ def _choose_length(sizes: _Sizes, room: int) -> int:
 
 
 def _more_staging(sizes: _Sizes, shape: _Shape, room: int) -> _Shape:
-    bound = _part(sizes, shape, room)
+    """Before slots where layers are sparse: a layer whose misses do not fit is read whole."""
+    bound = room if sizes.options.mode == "sparse" else _part(sizes, shape, room)
     for staging in _stagings(sizes):
         larger = replace(shape, staging_bytes=staging)
         if sizes.total(larger) <= bound:

@@ -298,3 +298,18 @@ def test_a_step_is_priced_by_its_largest_phase() -> None:
     assert logits < made.details["scratch.step"] < logits + 16 * MIB
     longer = plan(options=PlanOptions(max_model_len=8192))
     assert longer.details["scratch.step"] > 2 * 8192 * 3 * 64 * (4 + 2)  # keys and values, gathered and widened
+
+
+def test_a_sparse_layer_has_room_for_its_misses_before_there_are_slots() -> None:
+    smallest = plan(LARGE, PlanOptions(mode="sparse")).smallest_budget_bytes
+    made = plan(LARGE, PlanOptions(mode="sparse", memory_bytes=smallest + 192 * MIB))
+    assert made.staging_bytes >= 18432 * 10248 // 4
+
+
+def test_attention_is_streamed_where_it_does_not_fit() -> None:
+    slow = plan(LARGE, PlanOptions(mode="sparse", memory_bytes=plan(LARGE).smallest_budget_bytes))
+    attention = plan(LARGE).details["resident.attention"]
+    assert slow.streamed_bytes == attention and slow.details["resident.attention"] == attention * 4 // 36
+    assert any("every step reads" in note for note in slow.notes)
+    quantised = replace(LARGE, dtype="q8_0")
+    assert plan(quantised, PlanOptions(memory_bytes=plan(quantised).smallest_budget_bytes)).streamed_bytes == 0
