@@ -302,7 +302,7 @@ def test_a_step_is_priced_by_its_largest_phase() -> None:
 
 def test_a_sparse_layer_has_room_for_its_misses_before_there_are_slots() -> None:
     smallest = plan(LARGE, PlanOptions(mode="sparse")).smallest_budget_bytes
-    made = plan(LARGE, PlanOptions(mode="sparse", memory_bytes=smallest + 192 * MIB))
+    made = plan(LARGE, PlanOptions(mode="sparse", memory_bytes=smallest + 96 * MIB))
     assert made.staging_bytes >= 18432 * 10248 // 4
 
 
