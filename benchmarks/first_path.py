@@ -163,7 +163,7 @@ def as_json(text: str) -> dict[str, Any]:
 
 def perplexity(model: Path, tokens: int) -> dict[str, Any]:
     cetts = [a for cett in CETTS for a in ("--cett", cett)]
-    return as_json(coldstream("perplexity", model, *cetts, "--tokens", tokens, "--json"))
+    return as_json(coldstream("perplexity", model, *cetts, "--ffn-cache", FFN_CACHE, "--tokens", tokens, "--json"))
 
 
 def one_round(number: int, models: dict[str, Path], tokens: int) -> list[dict[str, Any]]:
