@@ -229,19 +229,19 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_plan_of_a_checkpoint_adds_up(tiny_llama: Any) -> None:
-    done = CliRunner().invoke(app, ["plan", str(tiny_llama.checkpoint), "--memory", "900MiB", "--json"])
+    done = CliRunner().invoke(app, ["plan", str(tiny_llama.checkpoint), "--memory", "2GiB", "--json"])
     assert done.exit_code == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     uses = plan["tiers"]["cpu"]
-    assert plan["budget_bytes"] == 900 << 20
+    assert plan["budget_bytes"] == 2 << 30
     assert sum(uses.values()) + plan["unused_bytes"] == plan["budget_bytes"]
     assert plan["smallest_budget_bytes"] <= plan["budget_bytes"]
 
 
 def test_plan_shows_a_table(tiny_llama: Any) -> None:
-    done = CliRunner().invoke(app, ["plan", str(tiny_llama.checkpoint), "--memory", "900MiB"])
+    done = CliRunner().invoke(app, ["plan", str(tiny_llama.checkpoint), "--memory", "2GiB"])
     assert done.exit_code == 0, done.stderr
-    for word in ("process", "resident", "slots", "disk", "900"):
+    for word in ("process", "resident", "slots", "disk", "2GiB"):
         assert word in done.stdout
 
 

@@ -74,7 +74,7 @@ def gpu_side(packed_dir: Path, mode: str, percent: float, loaded: Any) -> Side:
         DeviceMemory("GPU", big, big), 0, packed.sketch_sizes(packed.cett),
     )  # fmt: skip
     profile = packed.read("profile.safetensors")
-    sparse = sparse_setup(packed, profile, packed.cett, plan.num_pinned, select()) if mode == "sparse" else None
+    sparse = sparse_setup(packed, profile, packed.cett, loaded.plan.num_pinned, select()) if mode == "sparse" else None
     frequency = profile["frequency"][0] if sparse is None else sparse.frequency
     from runtime.load import _load_weights
 
