@@ -186,19 +186,29 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         (out / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def chosen_shape(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Shape:
+    """What `add_shape_options` was given. Exits with a sentence when there is no such number of layers."""
+    shape = SHAPES[options.shape]
+    if options.layers is None:
+        return shape
+    if options.layers < 1:
+        parser.error(f"--layers {options.layers}: at least 1")
+    return replace(shape, num_hidden_layers=options.layers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    add_shape_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
-    parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
     parser.add_argument("--vocab-size", type=int, help="rows of the embeddings; default: the tokenizer's tokens")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
-    if options.layers is not None:
-        if options.layers < 1:
-            parser.error(f"--layers {options.layers}: at least 1")
-        shape = replace(shape, num_hidden_layers=options.layers)
+    shape = chosen_shape(parser, options)
     total = make_checkpoint(shape, options.out, options.vocab_size, options.seed)
     facts = {"shape": options.shape, "layers": shape.num_hidden_layers, "tensor_bytes": total}
     print(json.dumps(facts | {"parameters": total // ITEM_BYTES}))

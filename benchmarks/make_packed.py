@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +21,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.kernels import random_sketch
-from benchmarks.make_checkpoint import ITEM_BYTES, SHAPES, Shape, config_json, num_bytes, random_bf16, tensors
+from benchmarks.make_checkpoint import (
+    ITEM_BYTES,
+    Shape,
+    add_shape_options,
+    chosen_shape,
+    config_json,
+    num_bytes,
+    random_bf16,
+    tensors,
+)
 from benchmarks.traces import Replay, Trace
 from cache.bundle import BundleDtype, BundleLayout, checksums
 from cache.device_curve import device_curve
@@ -188,18 +196,12 @@ def _write_manifest(out: Path, config: ModelConfig, bundles: BundleFile) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    add_shape_options(parser)
     parser.add_argument("--dtype", choices=["bf16", "int8"], default="bf16", help="of the records")
     parser.add_argument("--trace", type=Path, required=True, help="whose frequencies the model has")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
-    parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
-    if options.layers is not None:
-        if options.layers < 1:
-            parser.error(f"--layers {options.layers}: at least 1")
-        shape = replace(shape, num_hidden_layers=options.layers)
+    shape = chosen_shape(parser, options)
     made = make_packed(shape, options.out, BundleDtype(options.dtype), Trace.read(options.trace), seed=options.seed)
     print(json.dumps({"shape": options.shape, "layers": shape.num_hidden_layers, "record_bytes": made}))
 

@@ -20,11 +20,10 @@ from cache.errors import FormatError, FormatKind, UnsupportedError
 from runtime.config import ModelConfig
 from runtime.gguf_file import MAGIC, GgufFile, check_type, open_gguf
 from runtime.safetensors_file import SafetensorsFile, open_safetensors
-from runtime.tensor_entry import TensorEntry, open_file, read_into
+from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry, open_file, read_into
 
 _EDGE_BYTES = 64 << 10  # of each end of a file, in its fingerprint
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4 << 10  # and between: models differ in the middle when their embeddings were frozen
-_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SMALL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -224,7 +223,7 @@ class GgufCheckpoint(_Tensors):
 
     def load(self, name: str) -> torch.Tensor:
         entry = self.entry(name)
-        plain = entry.dtype in _TORCH_DTYPES
+        plain = entry.dtype in PLAIN_DTYPES
         tensor = _read_float(entry) if plain else torch.from_numpy(self.file.load(entry.name))
         heads = self._rotary_heads(name)
         return unpermute(tensor, heads) if heads else tensor
@@ -242,7 +241,7 @@ class GgufCheckpoint(_Tensors):
 
 
 def _read_float(entry: TensorEntry) -> torch.Tensor:
-    tensor = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
+    tensor = torch.empty(entry.shape, dtype=PLAIN_DTYPES[entry.dtype])
     read_into(entry.path, entry.offset, tensor.view(-1).view(torch.uint8).numpy())
     return tensor
 
@@ -341,7 +340,7 @@ def _check_loadable(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _check_float(entry: TensorEntry) -> None:
-    if entry.dtype not in _TORCH_DTYPES:
+    if entry.dtype not in PLAIN_DTYPES:
         raise UnsupportedError(f"{entry.path}: {entry.name} has the dtype {entry.dtype}; bf16, fp16 and fp32 are read")
 
 

@@ -208,14 +208,14 @@ class Sparsifier:
 
     def _begin(self, step: int, phase: str) -> None:
         """Thresholds at the beginning of a phase and every `refresh` steps of it; rounding for the last third."""
-        if step and phase == "press" != self.recipe.phase(step - 1):
-            self._adamw.forget()  # moments of another loss
         if 3 * step >= 2 * self.recipe.steps:
             for block in self.student.blocks:
                 block.mlp.bits = self.recipe.bits
         if phase == "layers":
             return
         new = step == 0 or self.recipe.phase(step - 1) != phase
+        if new and phase == "press":
+            self._adamw.forget()  # moments of another loss
         if new or step % self.recipe.refresh == 0:
             self._measure(phase, step, new)
 

@@ -35,8 +35,10 @@ from runtime.plan import (
     by_use,
     check_options,
     context_lengths,
+    context_notes,
     headroom,
     memory_budget,
+    round_up,
     sketch_sizes,
     spread,
 )
@@ -310,12 +312,12 @@ def _smallest_shape(sizes: _Sizes, max_model_len: int) -> _Shape:
 
 def _smallest_gpu_budget(sizes: _Sizes) -> int:
     """Whole MiB, so that it can be typed back."""
-    return _round_up(sizes.total(_smallest_shape(sizes, context_lengths(sizes)[-1])), _MIB)
+    return round_up(sizes.total(_smallest_shape(sizes, context_lengths(sizes)[-1])), _MIB)
 
 
 def _smallest_memory(sizes: _Sizes, max_model_len: int) -> int:
     needed = sum(sizes.memory_details(max_model_len).values()) + _HOST_HEADROOM_BYTES
-    return _round_up(-(-needed * _HOST_HEADROOM_SHARE // (_HOST_HEADROOM_SHARE - 1)), _MIB)
+    return round_up(-(-needed * _HOST_HEADROOM_SHARE // (_HOST_HEADROOM_SHARE - 1)), _MIB)
 
 
 def _too_small(sizes: _Sizes, flag: str, budget: int, source: str, smallest: int) -> str:
@@ -392,12 +394,7 @@ def _fit_memory(sizes: _Sizes, shape: _Shape, memory: int) -> _Shape:
 
 
 def _notes(sizes: _Sizes, shape: _Shape, budget: int, device: DeviceMemory) -> Iterator[str]:
-    longest = context_lengths(sizes)[0]
-    if shape.max_model_len < longest:
-        yield f"the context is {shape.max_model_len} tokens instead of {longest}, to fit the budget (--max-model-len)"
-    if shape.num_sequences < sizes.options.max_num_seqs:
-        tokens = shape.num_sequences * shape.max_model_len
-        yield f"keys and values hold {tokens} tokens at once; requests beyond that wait for room (--max-num-seqs)"
+    yield from context_notes(sizes, shape.max_model_len, shape.num_sequences)
     if shape.num_slots < sizes.config.num_hidden_layers:
         yield "no FFN neuron stays on the GPU: every token reads all it needs from main memory"
     if budget > device.budget_bytes:
@@ -409,7 +406,3 @@ def _memory_notes(memory: int, host: HostMemory, process_bytes: int) -> Iterator
     free = host.available_bytes + process_bytes
     if memory > free:
         yield f"the budget of main memory is {format_size(memory)}, but only {format_size(free)} are free now"
-
-
-def _round_up(value: int, to: int) -> int:
-    return -(-value // to) * to

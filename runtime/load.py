@@ -43,9 +43,10 @@ from runtime.packed import BUNDLES, PROFILE, RESIDENT, VERSION, Packed, SketchSi
 from runtime.placement import share_slots
 from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
-from runtime.row_file import ROW_DTYPES, RowFile
+from runtime.row_file import RowFile
 from runtime.sparse import Sparse, sparse_setup
 from runtime.streamed_layers import StreamedLayers
+from runtime.tensor_entry import PLAIN_DTYPES
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -185,9 +186,7 @@ def open_plan(model: str, options: PlanOptions) -> Plan | GpuPlan:
 
 def planned_device(options: PlanOptions) -> DeviceMemory | None:
     """The GPU that is here, else one that has just --gpu-memory; None: the CPU computes. Raises UnsupportedError."""
-    if options.device == "cpu":
-        if options.gpu_memory_bytes is not None:
-            raise UnsupportedError("--gpu-memory has no meaning with --device cpu")
+    if _cpu_asked(options):
         return None
     found = gpu_memory()
     if found is None and options.gpu_memory_bytes is not None:
@@ -195,6 +194,13 @@ def planned_device(options: PlanOptions) -> DeviceMemory | None:
     if found is None and options.device == "cuda":
         raise UnsupportedError("--device cuda: no GPU is here; say --gpu-memory to plan for one elsewhere")
     return found
+
+
+def _cpu_asked(options: PlanOptions | LoadOptions) -> bool:
+    """UnsupportedError when GPU memory is asked for too."""
+    if options.device == "cpu" and options.gpu_memory_bytes is not None:
+        raise UnsupportedError("--gpu-memory has no meaning with --device cpu")
+    return options.device == "cpu"
 
 
 def open_forecast(model: str, plan: Plan | GpuPlan, options: PlanOptions) -> Forecast | GpuForecast | None:
@@ -250,9 +256,7 @@ def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredi
 
 def serving_device(options: LoadOptions) -> DeviceMemory | None:
     """The GPU that computes; None: the CPU does. auto: a GPU where there is one. Raises UnsupportedError."""
-    if options.device == "cpu":
-        if options.gpu_memory_bytes is not None:
-            raise UnsupportedError("--gpu-memory has no meaning with --device cpu")
+    if _cpu_asked(options):
         return None
     found = gpu_memory()
     if found is None and (options.device == "cuda" or options.gpu_memory_bytes is not None):
@@ -562,7 +566,7 @@ def _load_weights(
     layers are read by every step."""
     source = _resident_source(packed)
     config = packed.config
-    on_disk = rows_on_disk and embedding_stays_on_disk(config) and source.dtype(_EMBEDDING) in ROW_DTYPES
+    on_disk = rows_on_disk and embedding_stays_on_disk(config) and source.dtype(_EMBEDDING) in PLAIN_DTYPES
     embed = None if on_disk else source.load(_EMBEDDING).to(dtype)
     layers: list[LayerWeights] = []
     for i in range(0 if streamed else config.num_hidden_layers):

@@ -377,7 +377,7 @@ class _Sizes(ModelSizes):
         wanted = self.layer_bytes
         if self.options.mode == "sparse":
             wanted = min(wanted, max(wanted // _SPARSE_SHARE, _SPARSE_STAGING_BYTES))
-        return max(self.smallest_staging, _round_up(wanted + 4 * _PAGE, 2 * _PAGE))
+        return max(self.smallest_staging, round_up(wanted + 4 * _PAGE, 2 * _PAGE))
 
     @property
     def most_partial_slots(self) -> int:
@@ -415,7 +415,7 @@ class _Sizes(ModelSizes):
         if self.config.tie_word_embeddings:
             later += self.resident(shape.max_model_len)["resident.attention"]
         loading = max(0, self.load_bytes() - sum(serving.values()) - later - shape.staging_bytes)
-        padding = _PAGE + _round_up(self.layout.stride, _PAGE)  # of the arena: between its parts, and a spare record
+        padding = _PAGE + round_up(self.layout.stride, _PAGE)  # of the arena: between its parts, and a spare record
         return serving | {"scratch.loading": loading, "scratch.arena_padding": padding}
 
     def chunk_rows(self, max_model_len: int) -> int:
@@ -523,7 +523,7 @@ def _smallest_budget(sizes: _Sizes) -> int:
     """Whole MiB, so that it can be typed back."""
     needed = sizes.total(_smallest_shape(sizes, context_lengths(sizes)[-1])) + _HEADROOM_BYTES
     budget = -(-needed * _HEADROOM_SHARE // (_HEADROOM_SHARE - 1))
-    return _round_up(budget, _MIB)
+    return round_up(budget, _MIB)
 
 
 def _too_small(sizes: _Sizes, budget: int, source: str, smallest: int) -> str:
@@ -587,7 +587,7 @@ def _stagings(sizes: _Sizes) -> Iterator[int]:
     staging = sizes.largest_staging
     while staging > sizes.smallest_staging:
         yield staging
-        staging = _round_up(staging // 2, 2 * _PAGE)
+        staging = round_up(staging // 2, 2 * _PAGE)
 
 
 def _more_sequences(sizes: _Sizes, shape: _Shape, bound: int) -> _Shape:
@@ -654,13 +654,18 @@ def spread(num_slots: int, num_layers: int) -> tuple[int, ...]:
     return tuple(each + (layer < more) for layer in range(num_layers))
 
 
-def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Iterator[str]:
+def context_notes(sizes: ModelSizes, max_model_len: int, num_sequences: int) -> Iterator[str]:
+    """Sentences on what of context and sequences did not fit."""
     longest = context_lengths(sizes)[0]
-    if shape.max_model_len < longest:
-        yield f"the context is {shape.max_model_len} tokens instead of {longest}, to fit the budget (--max-model-len)"
-    if shape.num_sequences < sizes.options.max_num_seqs:
-        tokens = shape.num_sequences * shape.max_model_len
+    if max_model_len < longest:
+        yield f"the context is {max_model_len} tokens instead of {longest}, to fit the budget (--max-model-len)"
+    if num_sequences < sizes.options.max_num_seqs:
+        tokens = num_sequences * max_model_len
         yield f"keys and values hold {tokens} tokens at once; requests beyond that wait for room (--max-num-seqs)"
+
+
+def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Iterator[str]:
+    yield from context_notes(sizes, shape.max_model_len, shape.num_sequences)
     if sizes.streams_attention:
         read = format_size(sizes.attention_bytes)
         yield f"attention does not fit either: every step reads its {read} from disk, exact but slow"
@@ -671,5 +676,6 @@ def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Itera
         yield f"the budget is {format_size(budget)}, but only {format_size(free)} are free now"
 
 
-def _round_up(value: int, to: int) -> int:
+def round_up(value: int, to: int) -> int:
+    """To the next multiple."""
     return -(-value // to) * to

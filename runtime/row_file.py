@@ -12,19 +12,17 @@ import weakref
 import torch
 
 from cache.errors import ReadError
-from runtime.tensor_entry import TensorEntry, open_file
-
-ROW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry, open_file
 
 
 class RowFile:
-    """Rows of `entry` [N, D], stored as one of ROW_DTYPES, given in `dtype`. The file is open until this is garbage.
+    """Rows of `entry` [N, D], stored as one of PLAIN_DTYPES, given in `dtype`. The file is open until this is garbage.
 
     Raises FormatError when it is gone.
     """
 
     def __init__(self, entry: TensorEntry, dtype: torch.dtype) -> None:
-        self._entry, self._dtype, self._stored = entry, dtype, ROW_DTYPES[entry.dtype]
+        self._entry, self._dtype, self._stored = entry, dtype, PLAIN_DTYPES[entry.dtype]
         with open_file(entry.path) as file:
             self._fd = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._fd)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 from cache.errors import FormatError, FormatKind
 
+PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # stored as computed with
 _PIECE_BYTES = 8 << 20  # read at once: large enough for the disk, small enough for the budget's headroom of file pages
 
 

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from cache.errors import ReadError
-from runtime.row_file import ROW_DTYPES, RowFile
+from runtime.row_file import RowFile
 from runtime.safetensors_file import open_safetensors
+from runtime.tensor_entry import PLAIN_DTYPES
 
 
-@pytest.mark.parametrize("name", ROW_DTYPES)
+@pytest.mark.parametrize("name", PLAIN_DTYPES)
 def test_rows_are_those_of_the_matrix(name: str, tmp_path: Path) -> None:
-    matrix = torch.randn(50, 24).to(ROW_DTYPES[name])
+    matrix = torch.randn(50, 24).to(PLAIN_DTYPES[name])
     save_file({"before": torch.ones(7), "matrix": matrix}, tmp_path / "file")
     rows = RowFile(open_safetensors(tmp_path / "file").entries["matrix"], torch.bfloat16)
     for ids in ([3], [49, 0, 49, 7], []):

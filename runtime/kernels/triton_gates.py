@@ -22,7 +22,7 @@ def _masks(x, gates, mask, num_neurons, HIDDEN: tl.constexpr, B: tl.constexpr, N
         xs = tl.load(x + rows[:, None] * HIDDEN + place[None, :], mask=inside[None, :], other=0.0)
         total += tl.sum(weight[:, None, :] * xs[None, :, :], axis=2)
     at = mask + rows[None, :] * num_neurons + ids[:, None]
-    tl.store(at, (total > 0).to(tl.uint8), mask=there[:, None] & (rows[None, :] < B))
+    tl.store(at, (total > 0).to(tl.uint8), mask=there[:, None])
 
 
 def gate_masks(x: torch.Tensor, gates: torch.Tensor, mask: torch.Tensor) -> None:

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.triton_act import ACTS, activated
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 64  # of a row of codes at once
-_ACTS = {"silu": 0, "relu": 1, "relu2": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +103,7 @@ def _dot(z, codes, ids, there, rows, R: tl.constexpr, B: tl.constexpr, N: tl.con
 @triton.jit  # type: ignore[untyped-decorator]
 def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
     """act(z)^2."""
-    if ACT == 0:
-        a = z / (1 + tl.exp(-z))
-    else:
-        a = tl.maximum(z, 0.0)
-        if ACT == 2:
-            a = a * a
+    a = activated(z, ACT)
     return a * a
 
 
@@ -139,9 +134,9 @@ def _masks(  # type: ignore[no-untyped-def]
     square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
     score = tl.sqrt(square) * size
     if SCORED:
-        tl.store(scores + rows[None, :] * num + ids[:, None], score, mask=there[:, None] & (rows[None, :] < B))
+        tl.store(scores + rows[None, :] * num + ids[:, None], score, mask=there[:, None])
     at = mask + rows[None, :] * num_neurons + (first + ids)[:, None]
-    tl.store(at, (score >= threshold).to(tl.uint8), mask=there[:, None] & (rows[None, :] < B))
+    tl.store(at, (score >= threshold).to(tl.uint8), mask=there[:, None])
 
 
 def plane_masks(
@@ -159,6 +154,6 @@ def plane_masks(
         gate_z, first.codes, first.scale, first.bias, up_z, up.codes, up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
         threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons,
-        first.codes.shape[1], up.codes.shape[1], B=rows, N=tile, BYTES=_BYTES, ACT=_ACTS[sketch.act],
+        first.codes.shape[1], up.codes.shape[1], B=rows, N=tile, BYTES=_BYTES, ACT=ACTS[sketch.act],
         GATED=gate is not None, SCORED=scores is not None,
     )  # fmt: skip

@@ -17,17 +17,11 @@ import triton
 import triton.language as tl
 
 from cache.bundle import BundleDtype, BundleLayout
+from runtime.kernels.triton_act import ACTS, activated
 
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, NUM_COUNTERS = *range(6), 8
 _DOWN_PROGRAMS, _FACTOR_PROGRAMS = 264, 1056  # two and eight a processor of an H100; each sums its share apart
 _LISTED = 1024  # neurons of a program that lists
-_ACTS = {"silu": 0, "relu": 1, "relu2": 2}
-TORCH_DTYPES = {
-    BundleDtype.BF16: torch.bfloat16,
-    BundleDtype.FP16: torch.float16,
-    BundleDtype.FP32: torch.float32,
-    BundleDtype.INT8: torch.int8,
-}
 _TYPES = {
     BundleDtype.BF16: tl.bfloat16,
     BundleDtype.FP16: tl.float16,
@@ -156,18 +150,13 @@ def _factors(  # type: ignore[no-untyped-def]
             z = _dots(x, record, there, row, GATE_AT, D, W, ALIGN)
             if SCALED:
                 z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
-        if ACT == 0:
-            z = z / (1 + tl.exp(-z))
-        else:
-            z = tl.maximum(z, 0.0)
-            if ACT == 2:
-                z = z * z
+        z = activated(z, ACT)
         value = tl.where(z == 0, 0.0, z * up) if GATED else z
         own = there[:, None] & alive[None, :]
         if MASKED:
             own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
         value = tl.where(own, value, 0.0)
-        tl.store(h + row[None, :] * NUM + k[:, None], value, mask=there[:, None] & (row < B)[None, :])
+        tl.store(h + row[None, :] * NUM + k[:, None], value, mask=there[:, None])
         if COUNTED:
             least = tl.load(active_at + neuron, mask=there, other=0.0)
             reached = (tl.abs(value) >= least[:, None]) & (value != 0)
@@ -243,7 +232,7 @@ def add_ffn(
     factor must reach to be counted as active; None: it is not counted. used int32 [F] counts the steps that wanted a
     neuron, counters int64 [NUM_COUNTERS] neurons. ValueError for an activation that is not known.
     """
-    if act not in _ACTS:
+    if act not in ACTS:
         raise ValueError(f"unknown activation {act}")
     (rows, hidden), (num, stride), layout = x.shape, records.home.shape, records.layout
     item, cuda = layout.dtype.item_bytes, x.is_cuda
@@ -262,7 +251,7 @@ def add_ffn(
     _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
         x, scratch.ids, scratch.places, scratch.count, masks, live, scratch.h if active_at is None else active_at,
         scratch.h, counters, NUM=num, GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0),
-        UP_SCALE=scale["up"], GATED=layout.gated, ACT=_ACTS[act], B=rows, D=hidden, N=together, W=wide,
+        UP_SCALE=scale["up"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=together, W=wide,
         MASKED=mask is not None, COUNTED=active_at is not None, **kind,
     )  # fmt: skip
     wide = min(1024 if rows <= 4 else 512, wide)
