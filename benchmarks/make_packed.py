@@ -52,7 +52,6 @@ from runtime.packed import (
     sha256,
     write_manifest,
 )
-from runtime.placement import PINNED_SHARES
 from runtime.tokenizer import Tokenizer
 from runtime.tune import SKETCH_BITS
 
@@ -154,16 +153,15 @@ def _write_sketches(path: Path, config: ModelConfig, seed: int) -> None:
 def _profile(frequency: np.ndarray) -> dict[str, np.ndarray]:
     """What `runtime.pack` writes: these frequencies [L, F] at every target; everything else for form's sake."""
     layers, neurons = frequency.shape
-    targets, shares = len(CETT_GRID), len(PINNED_SHARES)
+    targets = len(CETT_GRID)
     taken = np.full((layers, targets), frequency.mean(), np.float32)
     return {
         "targets": np.asarray(CETT_GRID),
-        "pinned_shares": np.asarray(PINNED_SHARES),
         "frequency": np.repeat(frequency[None], targets, axis=0),
         "epsilon": np.full((layers, targets), 1e-6, np.float32),
-        "tau": np.ones((layers, targets, shares), np.float32),
+        "tau": np.ones((layers, targets), np.float32),
         "active": taken,
-        "streamed": np.repeat(taken[:, :, None], shares, axis=2),
+        "taken": taken,
         "moved": taken,
         "order": np.tile(np.arange(neurons, dtype=np.int32), (layers, 1)),
         "down_norm": np.ones((layers, neurons), np.float32),

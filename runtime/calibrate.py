@@ -4,9 +4,9 @@ Neuron output n_i(x) = h_i(x) down_i with h_i = act(gate_i x) up_i x. For a set 
 CETT(x) = ||sum over D of n_i(x)|| / ||FFN(x)||, and a layer's figure is the mean over tokens (ReLU² Wins, arXiv
 2402.03804; the search over thresholds as in Sparsing Law, arXiv 2411.02335). Two thresholds are found for each target:
 `epsilon` on the true magnitudes ||n_i|| (the oracle, what "active" means), and `tau` on the predicted ones, where what
-is dropped is what the predictor does not take, so that its misses count; and again for pinned sets, the first few
-neurons, which are always computed: the others then need a higher tau for the same CETT.
-Shapes: N tokens, F neurons, D hidden, C targets, S sizes of the pinned set.
+is dropped is what the predictor does not take, so that its misses count. Neurons that are pinned come on top of what
+tau takes: raised to the same CETT beside them, it costs perplexity that CETT does not show (benchmarks/LOG.md).
+Shapes: N tokens, F neurons, D hidden, C targets.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 CETT_GRID = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
-_STEPS_BETWEEN = 12  # thresholds between the lowest and the highest target's; the rest is interpolation
 _TOLERANCE = 0.02  # of the target: finer than the sampling error of any affordable calibration text
 _MAX_STEPS = 30
 
@@ -31,10 +29,10 @@ class LayerThresholds:
     """For one layer and each CETT target: thresholds and what they keep."""
 
     epsilon: np.ndarray  # float32 [C]
-    tau: np.ndarray  # float32 [C, S]; 0 takes the whole layer
+    tau: np.ndarray  # float32 [C]; 0 takes the whole layer
     active: np.ndarray  # float32 [C], mean share of neurons at or above epsilon
-    streamed: np.ndarray  # float32 [C, S], mean share of neurons taken beside the pinned ones
-    frequency: np.ndarray  # float32 [C, F], share of tokens that take a neuron, nothing pinned
+    taken: np.ndarray  # float32 [C], mean share of neurons at or above tau
+    frequency: np.ndarray  # float32 [C, F], share of tokens that take a neuron
 
 
 class LayerTail:
@@ -54,16 +52,6 @@ class LayerTail:
         """Mean over tokens of ||sum of what is not kept|| / ||FFN||; kept bool [N, F]."""
         tail = self._h.masked_fill(kept, 0.0) @ self._down
         return float((tail.norm(dim=1) / self._norm).mean())
-
-    def cett_beside(self, kept: torch.Tensor, pinned: Sequence[int]) -> np.ndarray:
-        """The same when the first `pinned[s]` neurons are kept too, float64 [S], sizes ascending; for one product."""
-        h = self._h.masked_fill(kept, 0.0)
-        tail = torch.zeros_like(self._down[:1])
-        found = []
-        for first, stop in reversed(list(pairwise([*pinned, h.shape[1]]))):
-            tail = tail + h[:, first:stop] @ self._down[first:stop]
-            found.append(float((tail.norm(dim=1) / self._norm).mean()))
-        return np.asarray(found[::-1])
 
 
 class Curve:
@@ -99,69 +87,22 @@ def _between(left: tuple[float, float], right: tuple[float, float], target: floa
     return math.exp(math.log(t0) + min(max(share, 0.02), 0.98) * (math.log(t1) - math.log(t0)))
 
 
-def calibrate_layer(
-    tail: LayerTail, predicted: torch.Tensor, targets: Sequence[float], pinned: Sequence[int] = (0,)
-) -> LayerThresholds:
-    """Thresholds of one layer for ascending CETT targets; predicted: the predictor's magnitudes, fp32 [N, F].
-
-    pinned: sizes of the pinned set, ascending from 0; it is the first so many neurons.
-    """
-    epsilon = thresholds(tail, tail.magnitude, targets)
-    tau = pinned_thresholds(tail, predicted, targets, pinned)
-    active = [float((tail.magnitude >= float(e)).float().mean()) for e in epsilon]
-    num = predicted.shape[1]
-    streamed = [
-        [
-            float((predicted[:, p:] >= float(t)).float().mean()) * (num - p) / num
-            for t, p in zip(row, pinned, strict=True)
-        ]
-        for row in tau
-    ]
+def calibrate_layer(tail: LayerTail, predicted: torch.Tensor, targets: Sequence[float]) -> LayerThresholds:
+    """Thresholds of one layer for ascending CETT targets; predicted: the predictor's magnitudes, fp32 [N, F]."""
+    epsilon, tau = thresholds(tail, tail.magnitude, targets), thresholds(tail, predicted, targets)
+    frequency = np.stack([_shares(predicted, t) for t in tau])
     return LayerThresholds(
         epsilon=epsilon,
         tau=tau,
-        active=np.asarray(active, np.float32),
-        streamed=np.asarray(streamed, np.float32),
-        frequency=np.stack([(predicted >= float(t)).float().mean(dim=0).numpy() for t in tau[:, 0]]),
+        active=np.asarray([_shares(tail.magnitude, e).mean() for e in epsilon], np.float32),
+        taken=frequency.mean(axis=1),
+        frequency=frequency,
     )
 
 
-def pinned_thresholds(
-    tail: LayerTail, predicted: torch.Tensor, targets: Sequence[float], pinned: Sequence[int]
-) -> np.ndarray:
-    """tau for every CETT target and size of the pinned set, float32 [C, S]; 0: even the lowest drops too much.
-
-    All sizes share their evaluations: the two ends by search, thresholds between them evenly on a logarithmic scale,
-    then interpolation, for the curves are nearly straight there.
-    """
-    bounds = _search_range(predicted)
-    if bounds is None:
-        return np.zeros((len(targets), len(pinned)), np.float32)
-    seen: dict[float, np.ndarray] = {}
-
-    def at(threshold: float) -> np.ndarray:
-        if threshold not in seen:
-            seen[threshold] = tail.cett_beside(predicted >= threshold, pinned)
-        return seen[threshold]
-
-    low = Curve(lambda t: float(at(t)[0]), *bounds).threshold(targets[0])
-    high = Curve(lambda t: float(at(t)[-1]), *bounds).threshold(targets[-1])
-    for threshold in np.geomspace(max(low, bounds[0]), max(high, bounds[0]), _STEPS_BETWEEN):
-        at(float(threshold))
-    points = sorted(seen)
-    cetts = np.maximum.accumulate(np.stack([seen[t] for t in points]), axis=0)  # [P, S]
-    return np.asarray([[_interpolated(points, cett, t) for cett in cetts.T] for t in targets], np.float32)
-
-
-def _interpolated(points: Sequence[float], cetts: np.ndarray, target: float) -> float:
-    """The threshold at which a rising curve [P] meets the target; 0.0 when it begins above, its end when below."""
-    right = int(np.searchsorted(cetts, target, side="right"))
-    if right == 0:
-        return 0.0
-    if right == len(points) or cetts[right - 1] <= 0:
-        return points[right - 1]
-    share = math.log(target / cetts[right - 1]) / math.log(cetts[right] / cetts[right - 1])
-    return float(points[right - 1] * (points[right] / points[right - 1]) ** share)
+def _shares(magnitude: torch.Tensor, threshold: float) -> np.ndarray:
+    """Of the tokens, for each neuron that reaches the threshold in them, float32 [F]."""
+    return np.asarray((magnitude >= float(threshold)).float().mean(dim=0).numpy())
 
 
 def _search_range(magnitude: torch.Tensor) -> tuple[float, float] | None:

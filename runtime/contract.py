@@ -91,7 +91,7 @@ class Contract:
 
 def _rule(tuned: TunedLayer, target: int) -> Any:
     """What a track keeps of the layer; None: all of it."""
-    if not tuned.found.tau[target, 0]:
+    if not tuned.found.tau[target]:
         return None
 
     def kept(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

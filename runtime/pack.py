@@ -41,7 +41,6 @@ from runtime.packed import (
     sha256,
     write_manifest,
 )
-from runtime.placement import PINNED_SHARES
 from runtime.plan import sketch_row_bytes
 from runtime.streams import embed, layers
 from runtime.tokenizer import Tokenizer
@@ -250,14 +249,13 @@ class _Found:
             self.sketches |= tuned.sketch.to_arrays(f"layers.{len(self._thresholds) - 1}.")
 
     def profile(self) -> dict[str, np.ndarray]:
-        """Arrays of profile.safetensors, neurons as they lie in the file: targets [C]; pinned_shares [S]; epsilon,
-        active, moved [L, C]; tau, streamed [L, C, S]; frequency [C, L, F]; order, down_norm [L, F]."""
-        names = ("epsilon", "tau", "active", "streamed")
+        """Arrays of profile.safetensors, neurons as they lie in the file: targets [C]; epsilon, tau, active,
+        taken, moved [L, C]; frequency [C, L, F]; order, down_norm [L, F]."""
+        names = ("epsilon", "tau", "active", "taken")
         stacked = {name: np.stack([getattr(f, name) for f in self._thresholds]) for name in names}
         frequency = np.stack([f.frequency for f in self._thresholds]).transpose(1, 0, 2)
-        shared = {"targets": np.asarray(self.targets), "pinned_shares": np.asarray(PINNED_SHARES)}
         return {
-            **shared,
+            "targets": np.asarray(self.targets),
             "frequency": np.ascontiguousarray(frequency),
             **stacked,
             **{name: np.stack(arrays) for name, arrays in self._arrays.items()},
@@ -289,12 +287,12 @@ class _Found:
     def _row(self, layer: int, target: int) -> dict[str, Any]:
         """One layer at the target that is served, and the smallest target at which it is sparse."""
         found = self._thresholds[layer]
-        sparse_at = [t for t, tau in zip(self.targets, found.tau[:, 0], strict=True) if tau > 0]
+        sparse_at = [t for t, tau in zip(self.targets, found.tau, strict=True) if tau > 0]
         return {
-            "sparse": bool(found.tau[target, 0] > 0),
+            "sparse": bool(found.tau[target] > 0),
             "sparse_from": min(sparse_at, default=None),
             "active": float(found.active[target]),
-            "taken": float(found.streamed[target, 0]) if found.tau[target, 0] else 1.0,
+            "taken": float(found.taken[target]) if found.tau[target] else 1.0,
             "moved": float(self._arrays["moved"][layer][target]),
             "sketch_bytes": self._sketch_bytes[layer],
         }

@@ -28,7 +28,7 @@ from cache.store import BundleFile
 from runtime.config import ModelConfig
 
 FORMAT = "coldstream-packed"
-VERSION = 2
+VERSION = 3
 MANIFEST, BUNDLES, PROFILE, SKETCH, RESIDENT = (
     "manifest.json",
     "bundles.safetensors",

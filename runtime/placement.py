@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PINNED_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)  # of a layer: sizes of the pinned set that thresholds are calibrated for
+PINNED_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)  # of a layer: sizes that its pinned set may have
 
 
 def pinned_sizes(num_neurons: int) -> tuple[int, ...]:

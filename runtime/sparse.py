@@ -39,8 +39,8 @@ def sparse_setup(
     calibrated, FormatError."""
     targets = profile["targets"]
     if num_pinned not in pinned_sizes(packed.config.intermediate_size):
-        raise ValueError(f"{num_pinned} pinned neurons: not a size that is calibrated")
-    tau = interpolate(targets, profile["tau"][:, :, 0], cett)  # what the contract was measured with: see LOG.md
+        raise ValueError(f"{num_pinned} pinned neurons: not one of `pinned_sizes`")
+    tau = interpolate(targets, profile["tau"], cett)  # what the contract was measured with: see LOG.md
     sparse = np.asarray(packed.sparse_layers(cett)) & (tau > 0)
     pinned = tuple(num_pinned if s else 0 for s in sparse)
     nearest = int(np.abs(np.log(targets / cett)).argmin())

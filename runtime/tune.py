@@ -2,7 +2,7 @@
 
 Everything here is in the packed order, "neuron i" being the i-th record: the FFN's sum does not depend on it. Knows one
 layer at a time and the text that it sees; not files, and not the model's likelihoods.
-Shapes: N tokens, F neurons, D hidden, C CETT targets, S sizes of the pinned set.
+Shapes: N tokens, F neurons, D hidden, C CETT targets.
 """
 
 from __future__ import annotations
@@ -43,14 +43,10 @@ class TunedLayer:
     moved: np.ndarray  # float64 [C], share of the layer's bytes a token reads at REFERENCE_CACHE
     moved_dense: float
 
-    def kept(self, x: torch.Tensor, target: int, pinned: int = 0) -> torch.Tensor | None:
-        """What a token computes at a CETT target: bool [N, F], None for all. x [N, D]; pinned: index of the size."""
-        tau = float(self.found.tau[target, pinned])
-        if tau == 0.0:
-            return None
-        kept = torch.from_numpy(self.sketch.predict(x.numpy())) >= tau
-        kept[:, : pinned_sizes(kept.shape[1])[pinned]] = True
-        return kept
+    def kept(self, x: torch.Tensor, target: int) -> torch.Tensor | None:
+        """What a token computes at a CETT target, nothing pinned: bool [N, F], None for all. x [N, D]."""
+        tau = float(self.found.tau[target])
+        return None if tau == 0.0 else torch.from_numpy(self.sketch.predict(x.numpy())) >= tau
 
 
 class Samples:
@@ -129,14 +125,14 @@ def _tuned(
     targets: Sequence[float],
 ) -> TunedLayer:
     predicted = torch.from_numpy(sketch.predict(x.numpy()))
-    found = calibrate_layer(LayerTail(h, layer.ffn.down), predicted, targets, pinned_sizes(h.shape[1]))
+    found = calibrate_layer(LayerTail(h, layer.ffn.down), predicted, targets)
     layer_bytes = h.shape[1] * layout.stride
     sketch_share = sketch.num_bytes / layer_bytes
     rows = predicted[torch.linspace(0, predicted.shape[0] - 1, min(_READ_TOKENS, predicted.shape[0])).long()].numpy()
-    moved = np.asarray([_moved_share(rows, float(tau), sketch_share, layout) for tau in found.tau[:, 0]])
+    moved = np.asarray([_moved_share(rows, float(tau), sketch_share, layout) for tau in found.tau])
     dense = 1 - REFERENCE_CACHE
     sparse = np.minimum.accumulate(moved) <= _WORTH * dense  # once worth it, so is every larger target
-    tau = np.where(sparse[:, None], found.tau, np.float32(0))
+    tau = np.where(sparse, found.tau, np.float32(0))
     return TunedLayer(layer, order, sketch, replace(found, tau=tau), np.where(sparse, moved, dense), dense)
 
 

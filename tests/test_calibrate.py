@@ -41,7 +41,7 @@ def test_thresholds_meet_their_targets_and_rise_with_them() -> None:
     h, down = layer()
     tail = LayerTail(h, down)
     found = calibrate_layer(tail, tail.magnitude, TARGETS)
-    np.testing.assert_allclose(found.epsilon, found.tau[:, 0], rtol=0.03)  # the predictor is perfect here
+    np.testing.assert_allclose(found.epsilon, found.tau, rtol=0.03)  # the predictor is perfect here
     assert (np.diff(found.epsilon) > 0).all() and (np.diff(found.active) < 0).all()
     for target, epsilon, active in zip(TARGETS, found.epsilon, found.active, strict=True):
         kept = tail.magnitude >= float(epsilon)
@@ -55,34 +55,9 @@ def test_a_poor_predictor_takes_more_to_meet_the_same_target() -> None:
     tail = LayerTail(h, down)
     noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(7))
     found = calibrate_layer(tail, tail.magnitude * (0.7 * noise).exp(), TARGETS)
-    assert (found.streamed[:, 0] > found.active).all()
-    for target, tau in zip(TARGETS, found.tau[:, 0], strict=True):
+    assert (found.taken > found.active).all()
+    for target, tau in zip(TARGETS, found.tau, strict=True):
         assert tail.cett(tail.magnitude * (0.7 * noise).exp() >= float(tau)) == pytest.approx(target, rel=0.15)
-
-
-def test_beside_a_pinned_set_the_threshold_is_higher_and_the_error_the_same() -> None:
-    h, down = layer()
-    h[:, :20] *= 2  # the hottest come first
-    tail = LayerTail(h, down)
-    sizes = (0, 8, 20)
-    found = calibrate_layer(tail, tail.magnitude, TARGETS, sizes)
-    assert found.tau.shape == found.streamed.shape == (3, 3)
-    assert (np.diff(found.tau, axis=1) > 0).all() and (np.diff(found.streamed, axis=1) < 0).all()
-    for target, row in zip(TARGETS, found.tau, strict=True):
-        for tau, size in zip(row, sizes, strict=True):
-            kept = tail.magnitude >= float(tau)
-            kept[:, :size] = True
-            assert tail.cett(kept) == pytest.approx(target, rel=0.05)
-
-
-def test_one_product_gives_the_error_beside_every_pinned_set() -> None:
-    h, down = layer()
-    tail = LayerTail(h, down)
-    kept = tail.magnitude >= 1.0
-    for size, found in zip((0, 8, 64), tail.cett_beside(kept, (0, 8, 64)), strict=True):
-        also = kept.clone()
-        also[:, :size] = True
-        assert found == pytest.approx(tail.cett(also), rel=1e-5, abs=1e-7)
 
 
 def test_a_blind_predictor_keeps_the_layer_whole() -> None:
@@ -90,7 +65,7 @@ def test_a_blind_predictor_keeps_the_layer_whole() -> None:
     blind = torch.zeros_like(h)
     blind[:, 0] = 1.0  # sees one neuron and says nothing of the others
     found = calibrate_layer(LayerTail(h, down), blind, TARGETS)
-    assert (found.tau == 0).all() and (found.streamed == 1).all()
+    assert (found.tau == 0).all() and (found.taken == 1).all()
 
 
 def test_a_silent_layer_has_no_threshold() -> None:
