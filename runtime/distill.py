@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 
 from cache.errors import ColdstreamError, FormatError, FormatKind
 from runtime.adamw import AdamW
+from runtime.muon import Muon
 from runtime.objective import kl_divergence, relative_error, steered
 from runtime.prompts import Prompts
 from runtime.ranks import Ranks
 from runtime.served import find_thresholds, measure_thresholds, perplexity, serve_rule
-from runtime.student import Decoder, Ffn, is_trained, match_scale, student_of
+from runtime.student import Decoder, Ffn, match_scale, student_of
 from runtime.teacher import SelfSampler
 
 ACTS = ("relu2", "relu", "drelu")
@@ -48,6 +49,7 @@ class Recipe:
 
     act: str = "relu2"
     gated: bool = True
+    attention: bool = False  # trains too, beside FFN and norms
     tokens: int = 100_000_000  # that the student sees
     active: float = 0.08  # share of neurons, mean over layers
     window: int = 512  # tokens
@@ -56,6 +58,7 @@ class Recipe:
     sampled: int = 2048  # texts that the teacher writes at once
     passes: int = 4  # how often the student sees each
     text_share: float = 0.25  # of a batch, where texts are given
+    optimiser: str = "adamw"  # or muon
     lr: float = 2.5e-3
     warm_up: float = 0.05  # shares of the steps, this one and the next two
     layers: float = 0.05
@@ -138,14 +141,16 @@ class Sparsifier:
     ) -> None:
         """calibration, heldout int64 [S, T]: for the thresholds and perplexities of the evaluations alone."""
         self.recipe, self.teacher, self._prompts, self._ranks = recipe, teacher, prompts, ranks
-        self.student = student_of(teacher, recipe.act, recipe.gated)
+        self.student = student_of(teacher, recipe.act, recipe.gated, recipe.attention)
         self._device = teacher.head.device
         self._calibration, self._heldout = calibration.to(self._device), heldout.to(self._device)
-        self._trained = {n: p for n, p in self.student.named_parameters() if is_trained(n)}
+        self._trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         moments = torch.bfloat16 if recipe.moments == "bf16" else torch.float32
-        self._adamw = AdamW(self._trained, recipe.weight_decay, moments)
+        kind = Muon if recipe.optimiser == "muon" else AdamW
+        self._optimiser: AdamW | Muon = kind(self._trained, recipe.weight_decay, moments)
         self._sampler = SelfSampler(teacher, recipe.sampled, recipe.window)
         self._round, self._pool = -1, torch.empty(0, dtype=torch.int64)
+        self._answers: torch.Tensor | None = None  # of the teacher to the pool, once KL is trained
         self._epsilon = torch.zeros(len(self.student.blocks), device=self._device)
         self.progress = _Progress()
         if compile_blocks:
@@ -194,13 +199,18 @@ class Sparsifier:
         step, phase = self.progress.step, self.recipe.phase(self.progress.step)
         self._begin(step, phase)
         windows = self._batch(step)
+        wanted = None if phase == "layers" else self._wanted(step, windows)
         stats = torch.zeros(2, device=self._device)
-        for part in torch.split(windows, self.recipe.micro):
+        for first in range(0, windows.shape[0], self.recipe.micro):
+            part = windows[first : first + self.recipe.micro]
             share = part.shape[0] / windows.shape[0]
-            stats += share * (self._layerwise(part, share) if phase == "layers" else self._distil(part, share, phase))
+            if wanted is None:
+                stats += share * self._layerwise(part, share)
+            else:
+                stats += share * self._distil(part, wanted[first : first + self.recipe.micro], share, phase)
         self._ranks.average_gradients(self._trained.values())
         torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self.recipe.clip)
-        self._adamw.step(self.recipe.lr_at(step))
+        self._optimiser.step(self.recipe.lr_at(step))
         for parameter in self._trained.values():
             parameter.grad = None
         self._note(phase, *self._ranks.average(stats).tolist())
@@ -215,7 +225,7 @@ class Sparsifier:
             return
         new = step == 0 or self.recipe.phase(step - 1) != phase
         if new and phase == "press":
-            self._adamw.forget()  # moments of another loss
+            self._optimiser.forget()  # moments of another loss
         if new or step % self.recipe.refresh == 0:
             self._measure(phase, step, new)
 
@@ -254,10 +264,8 @@ class Sparsifier:
         mean = torch.stack(errors).mean()
         return torch.stack([mean, torch.zeros_like(mean)])
 
-    def _distil(self, windows: torch.Tensor, share: float, phase: str) -> torch.Tensor:
+    def _distil(self, windows: torch.Tensor, wanted: torch.Tensor, share: float, phase: str) -> torch.Tensor:
         """Gradients of KL and pressure; (KL, share of neurons at or above their threshold)."""
-        with torch.no_grad():
-            wanted = self.teacher.hidden(windows).flatten(0, 1)
         student, epsilon = self.student, self._epsilon * self.progress.threshold
         hidden, tables = student.embed(windows), student.tables(windows.shape[1])
         pressed = []
@@ -265,7 +273,7 @@ class Sparsifier:
             for i, block in enumerate(student.blocks):
                 hidden, seen = block(hidden, *tables, epsilon[i], phase == "served")
                 pressed.append(seen)
-        kl = kl_divergence(student.final(hidden).flatten(0, 1), wanted, student.head)
+        kl = kl_divergence(student.final(hidden).flatten(0, 1), wanted.flatten(0, 1), student.head)
         soft = torch.stack([p.soft for p in pressed]).mean()
         loss = kl + self._pressure(phase) * soft + torch.stack([p.excess for p in pressed]).sum()
         (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -310,10 +318,28 @@ class Sparsifier:
         """This process's windows of a step, int64 [S, T]."""
         r, (rows, num_text) = self.recipe, self._rows()
         pool = self._pool_of(step)
-        place = step % self._steps_a_round() * rows
-        order = torch.cat([self._order(step, i) for i in range(r.passes)])[place : place + rows]
         text = self._prompts.windows(num_text, r.window, self._seed(2, step)) if num_text else pool.new_empty(0)
-        return torch.cat([pool[order.to(pool.device)], text.view(-1, r.window).to(pool.device)])
+        return torch.cat([pool[self._chosen(step, rows)], text.view(-1, r.window).to(pool.device)])
+
+    def _chosen(self, step: int, rows: int) -> torch.Tensor:
+        """Which texts of the pool a step sees."""
+        place = step % self._steps_a_round() * rows
+        order = torch.cat([self._order(step, i) for i in range(self.recipe.passes)])[place : place + rows]
+        return order.to(self._device)
+
+    @torch.no_grad()
+    def _wanted(self, step: int, windows: torch.Tensor) -> torch.Tensor:
+        """What the teacher's head multiplies for the step's windows, [S, T, D] in the head's dtype. The teacher reads
+        each text of the pool once, not at every pass."""
+        rows, num_text = self._rows()
+        if self._answers is None:
+            parts = torch.split(self._pool, num_text or self.recipe.micro)
+            self._answers = torch.cat([self._answer(part) for part in parts])
+        kept = self._answers[self._chosen(step, rows)]
+        return torch.cat([kept, self._answer(windows[rows:])]) if num_text else kept
+
+    def _answer(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.teacher.hidden(windows).to(self.teacher.head.dtype)
 
     def _rows(self) -> tuple[int, int]:
         """Of this process's share of a batch: windows of the teacher's, windows of given texts."""
@@ -339,7 +365,7 @@ class Sparsifier:
             self._pool = self._sampler.sample(
                 forced.to(self._device), temperature.to(self._device), self._seed(4, index)
             )
-            self._round = index
+            self._round, self._answers = index, None
         return self._pool
 
     def _seed(self, stream: int, index: int) -> int:
@@ -353,7 +379,7 @@ class Sparsifier:
         p = self.progress
         found = find_thresholds(self.student, self._calibration, self.recipe.active)
         counts: list[float] = []
-        dense, _ = perplexity(self.student, self._heldout)
+        dense, _ = perplexity(self.student, self._heldout, lambda layer, ffn, x, h: h)  # not compiled for these shapes
         served, _ = perplexity(self.student, self._heldout, serve_rule(found, counts=counts))
         return {
             "step": p.step,
@@ -389,8 +415,10 @@ class Sparsifier:
         """Weights, moments, thresholds and progress, in one file that is replaced whole. The first process writes."""
         if self._ranks.rank:
             return
-        tensors = {f"weight.{n}": p.detach() for n, p in self._trained.items()} | self._adamw.state()
-        state = json.dumps({"identity": identity, "adamw_steps": self._adamw.steps, "progress": asdict(self.progress)})
+        tensors = {f"weight.{n}": p.detach() for n, p in self._trained.items()} | self._optimiser.state()
+        state = json.dumps(
+            {"identity": identity, "optimiser_steps": self._optimiser.steps, "progress": asdict(self.progress)}
+        )
         partial = path.with_name(path.name + ".partial")
         save_file(tensors | {"epsilon": self._epsilon}, partial, metadata={"state": state})
         os.replace(partial, path)
@@ -403,7 +431,7 @@ class Sparsifier:
                 state = json.loads(file.metadata()["state"])
                 check_identity(state["identity"], identity, path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            self._adamw.load_state(tensors, state["adamw_steps"])
+            self._optimiser.load_state(tensors, state["optimiser_steps"])
             with torch.no_grad():
                 for name, parameter in self._trained.items():
                     parameter.copy_(tensors[f"weight.{name}"])

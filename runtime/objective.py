@@ -9,6 +9,8 @@ c_i = |h_i| ||down_i||. So a neuron that is always on gains the others nothing, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +27,10 @@ class _HeadKl(torch.autograd.Function):
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, chunk: int) -> torch.Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device)
+        rows_of = _compiled_kl_rows() if student.is_cuda else kl_rows
         for first in range(0, student.shape[0], chunk):
             rows = slice(first, first + chunk)
-            divergence, difference = kl_rows(student[rows], teacher[rows], head)
+            divergence, difference = rows_of(student[rows], teacher[rows], head)
             total += divergence
             gradient[rows] = (difference @ head).float()
         ctx.save_for_backward(gradient.div_(student.shape[0]))
@@ -45,6 +48,12 @@ def kl_rows(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) ->
     log_t = F.log_softmax(F.linear(teacher.to(head.dtype), head).float(), dim=1)
     p = log_t.exp()
     return (p * (log_t - log_s)).sum(), (log_s.exp() - p).to(head.dtype)
+
+
+@cache
+def _compiled_kl_rows() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Each logit is read from memory two or three times in place of about ten."""
+    return torch.compile(kl_rows, dynamic=False)
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, chunk: int = 4096) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ from runtime.tokenizer import Tokenizer
 DEFAULT_TOKENS = 100_000_000
 PROFILE_DIRECTORY = "profile"
 _CALIBRATION_TOKENS, _CURVE_TOKENS, _FINAL_TOKENS = 2048, 4096, 16_384
+_PIECE = 50_000  # characters of a long text that are tokenised at once
 _KV_BYTES = 24 << 30  # of texts that the teacher writes at once
 _ACTIVATION_BYTES = 32 << 30  # of a backward pass
 _SPARE_BYTES = 4 << 30  # logits of a chunk of rows, the framework's own
 _PARTS = (1, 2, 4, 8)  # of the texts and windows at a time
 _WANTED_STEPS = 400  # batches shrink before a run has fewer
+_REFRESHES = 30  # of the thresholds: each takes as long as a few steps
+_COMPILED_FORMS = 64  # of one layer: teacher and student, of each phase and shape; all 30 share them
 _REFERENCE_HIDDEN = 576  # of the model that the learning rate was found on; it falls as 1 / width (arXiv 2203.03466)
 
 
@@ -166,7 +169,8 @@ def recipe_for(config: ModelConfig, options: SparsifyOptions) -> Recipe:
     )
     kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * window
     needed = -(-recipe.steps * batch // recipe.passes)
-    return replace(recipe, sampled=max(batch, min(_power_of_two(_KV_BYTES // kv), 4096, needed)))
+    sampled = max(batch, min(_power_of_two(_KV_BYTES // kv), 4096, needed))
+    return replace(recipe, sampled=sampled, refresh=max(recipe.refresh, recipe.steps // _REFRESHES))
 
 
 def _activation_bytes(config: ModelConfig) -> int:
@@ -202,18 +206,19 @@ def fitted(recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
 
 
 def memory_bytes(recipe: Recipe, config: ModelConfig) -> int:
-    """Of a run on cuda: weights, gradients, moments, keys and values, activations."""
+    """Of a run on cuda: weights, gradients, moments, the teacher's texts (keys and values, answers), activations."""
     moment_bytes = 2 if recipe.moments == "bf16" else 4
     trained = _trained_weights(config, recipe)
     teacher = sum(math.prod(shape) for _, shape in expected_tensors(config))
     kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * recipe.window * recipe.sampled
+    kv += 2 * config.hidden_size * recipe.window * recipe.sampled
     activations = recipe.micro * recipe.window * _activation_bytes(config)
     return 2 * teacher + trained * (8 + 2 * moment_bytes) + kv + activations
 
 
 def _trained_weights(config: ModelConfig, recipe: Recipe) -> int:
     own = student_config(config, recipe.act, recipe.gated)
-    return sum(math.prod(shape) for name, shape in expected_tensors(own) if is_trained(name))
+    return sum(math.prod(shape) for name, shape in expected_tensors(own) if is_trained(name, recipe.attention))
 
 
 def _disk_bytes(config: ModelConfig, recipe: Recipe) -> int:
@@ -244,7 +249,7 @@ def read_material(
     measured: tuple[Path, Path],
 ) -> Material:
     """Token ids of everything. measured: calibration and held-out text. Raises ColdstreamError naming the file."""
-    given = [_token_ids(tokenizer, text, "--text", config) for text in texts]
+    given = [_token_ids(tokenizer, text, "--text", config, in_pieces=True) for text in texts]
     if texts and sum(len(ids) for ids in given) < recipe.window:
         raise ColdstreamError(f"--text: {sum(len(i) for i in given)} tokens, at least {recipe.window} are needed")
     calibration, heldout = (_token_ids(tokenizer, text, "text", config) for text in measured)
@@ -255,9 +260,14 @@ def read_material(
     )
 
 
-def _token_ids(tokenizer: Tokenizer, path: Path, flag: str, config: ModelConfig) -> list[int]:
+def _token_ids(tokenizer: Tokenizer, path: Path, flag: str, config: ModelConfig, in_pieces: bool = False) -> list[int]:
+    """in_pieces: cut every now and then at a paragraph's end, so that all cores have something to do."""
     try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special=False)
+        text = path.read_text(encoding="utf-8")
+        if in_pieces:
+            ids = [i for piece in tokenizer.encode_all(list(_pieces(text))) for i in piece]
+        else:
+            ids = tokenizer.encode(text, add_special=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ColdstreamError(f"{flag} {path}: cannot be read as UTF-8 ({error})") from error
     if ids and max(ids) >= config.vocab_size:
@@ -265,6 +275,15 @@ def _token_ids(tokenizer: Tokenizer, path: Path, flag: str, config: ModelConfig)
             f"the tokenizer has token {max(ids)}, the model's vocabulary ends at {config.vocab_size - 1}"
         )
     return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        cut = text.find("\n\n", start + _PIECE) + 2
+        end = cut if cut > 1 else len(text)
+        yield text[start:end]
+        start = end
 
 
 def _windows(ids: list[int], length: int, num_tokens: int) -> torch.Tensor:
@@ -282,6 +301,7 @@ def start(checkpoint: Checkpoint, recipe: Recipe, material: Material, device: to
     own = torch.device("cuda", ranks.local) if cuda else device
     if cuda:
         torch.cuda.set_device(own)
+        torch._dynamo.config.recompile_limit = _COMPILED_FORMS
     teacher = load_teacher(checkpoint, recipe.window, own, torch.bfloat16 if cuda else torch.float32)
     curve = material.heldout[: max(1, _CURVE_TOKENS // recipe.window)]
     return Sparsifier(teacher, recipe, material.prompts, material.calibration, curve, ranks, compile_blocks=cuda)

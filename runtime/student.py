@@ -231,8 +231,9 @@ def load_teacher(checkpoint: Checkpoint, context: int, device: torch.device, dty
     return _filled(decoder, state, device).requires_grad_(False)
 
 
-def student_of(teacher: Decoder, act: str, gated: bool) -> Decoder:
-    """The teacher with another activation: its attention, embeddings and head shared, FFN and norms its own in fp32.
+def student_of(teacher: Decoder, act: str, gated: bool, attention: bool = False) -> Decoder:
+    """The teacher with another activation: embeddings and head shared, FFN and norms its own in fp32. Attention is
+    shared too, unless it is to train.
 
     gated False: every gated neuron becomes two, of opposite sign: relu(g + b u)^2 - relu(g - b u)^2 = 4 b g u where
     |b u| < g, b the ratio of the norms of the gate's and the up row; so twice the width, Arcee's form. The scale of
@@ -245,12 +246,12 @@ def student_of(teacher: Decoder, act: str, gated: bool) -> Decoder:
         ffn = {n: state.pop(f"{prefix}{n}_proj.weight").float() for n in ("gate", "up", "down")}
         for name, weight in (ffn if gated else _pairs(**ffn)).items():
             state[f"{prefix}{name}_proj.weight"] = weight.clone()
-    own = [name for name in state if is_trained(name)]
+    own = [name for name in state if is_trained(name, attention)]
     for name in own:
         state[name] = state[name].float().clone()
     decoder = _filled(Decoder(config, teacher.cos.shape[0]), state, teacher.cos.device).requires_grad_(False)
     for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(is_trained(name, attention))
     return decoder
 
 
@@ -262,9 +263,10 @@ def student_config(config: ModelConfig, act: str, gated: bool) -> ModelConfig:
     return replace(config, model_type="arcee", hidden_act=act, gated=False, intermediate_size=size)
 
 
-def is_trained(name: str) -> bool:
-    """Of a checkpoint's tensor: FFN and norms train, attention and embeddings stay."""
-    return ".mlp." in name or name.endswith(("layernorm.weight", "model.norm.weight"))
+def is_trained(name: str, attention: bool = False) -> bool:
+    """Of a checkpoint's tensor: FFN and norms train, and attention where asked; embeddings stay."""
+    own = (".mlp.", ".self_attn.") if attention else (".mlp.",)
+    return any(part in name for part in own) or name.endswith(("layernorm.weight", "model.norm.weight"))
 
 
 def _pairs(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from runtime.config import ModelConfig
 from runtime.distill import Recipe, Report, Sparsifier
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.load import default_heldout
+from runtime.muon import Muon, orthogonal
 from runtime.objective import kl_divergence, press, steered
 from runtime.prompts import Prompts
 from runtime.quantise import codes, rounded, straight_through
@@ -449,6 +450,59 @@ def test_adamw_is_torchs(dtype: torch.dtype) -> None:
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
     for a, b in zip(ours_, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 12), (3, 12, 40)])
+def test_orthogonal_keeps_directions_and_makes_them_equal(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    given = torch.randn(shape, generator=generator) * 1e-3
+    found = orthogonal(given)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(given, full_matrices=False)
+    wanted = u @ v
+    assert ((found - wanted).norm() / wanted.norm()) < 0.3
+
+
+def test_muon_moves_by_the_rate_and_its_state_goes_on() -> None:
+    """Matrices by 0.2 lr an element, vectors as AdamW does; saved and loaded it takes the same steps."""
+    torch.manual_seed(0)
+    start = {"a": torch.randn(48, 16), "b": torch.randn(16, 48), "v": torch.ones(16)}
+    gradients = [{n: torch.randn_like(t) for n, t in start.items()} for _ in range(4)]
+
+    def stepped(state: Any, parameters: dict[str, torch.nn.Parameter], rows: Any) -> Muon:
+        own = Muon(parameters, 0.0, torch.float32)
+        if state is not None:
+            own.load_state(*state)
+        for row in rows:
+            for name, parameter in parameters.items():
+                parameter.grad = row[name].clone()
+            own.step(0.01)
+        return own
+
+    whole, halves = ({n: torch.nn.Parameter(t.clone()) for n, t in start.items()} for _ in range(2))
+    stepped(None, whole, gradients[:1])
+    for name in ("a", "b"):
+        assert float((whole[name].detach() - start[name]).square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.2)
+    torch.testing.assert_close(whole["v"], 1 - 0.01 * gradients[0]["v"].sign())
+    whole = {n: torch.nn.Parameter(t.clone()) for n, t in start.items()}
+    stepped(None, whole, gradients)
+    first = stepped(None, halves, gradients[:2])
+    stepped((first.state(), first.steps), halves, gradients[2:])
+    for name in start:
+        torch.testing.assert_close(halves[name], whole[name], rtol=0, atol=0)
+
+
+def test_attention_trains_only_where_asked(teacher: Decoder) -> None:
+    """And the teacher keeps its own."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for attention in (False, True):
+        recipe = replace(small(teacher.config, OPTIONS), tokens=40 * 4 * WINDOW, attention=attention, optimiser="muon")
+        before = teacher.state_dict()[name].clone()
+        run_ = Sparsifier(teacher, recipe, Prompts.make([], [], 320), *[written(teacher, 2, 7)] * 2, Ranks())
+        run_.run(None, {}, Reports())
+        assert torch.equal(teacher.state_dict()[name], before)
+        assert torch.equal(run_.student.state_dict()[name], before) is not attention
 
 
 def test_prompts_begin_as_told() -> None:
