@@ -62,7 +62,7 @@ END_S = 60.0  # of --total-seconds, for the last figures and the files
 SAMPLES, SAMPLE_SEED = 64, 1_000_003
 STUDENT_SHARES, TEACHER_SHARES = (0.02, 0.04, 0.06, 0.08, 0.12, 0.2), (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 FINAL_TOKENS = 16_384
-SETTINGS = ("optimiser", "lr", "attention", "batch", "text_share", "passes", "served", "max_pressure")  # of a recipe
+SETTINGS = ("optimiser", "lr", "attention", "batch", "text_share", "passes", "evaluations")  # of a recipe
 DOMINANT = 0.35  # of a layer's contribution energy: what one neuron may hold
 
 
@@ -210,7 +210,7 @@ def changed(recipe: Recipe, options: argparse.Namespace, world: int) -> Recipe:
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     batch = given.get("batch", recipe.batch)
     micro = max(d for d in range(1, recipe.micro + 1) if batch // world % d == 0)
-    return replace(recipe, bits=options.bits, evaluations=EVALUATIONS, micro=micro, **given)
+    return replace(recipe, **({"bits": options.bits, "evaluations": EVALUATIONS, "micro": micro} | given))
 
 
 def seconds_a_step(recipe: Recipe, asked: job.SparsifyOptions, model: str, device: torch.device) -> float:
@@ -444,9 +444,9 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--brief", action="store_true", help="no curves of quality against bytes")
     one.add_argument("--optimiser", choices=("adamw", "muon"), help="this and the next ones: of the recipe")
     one.add_argument("--attention", action=argparse.BooleanOptionalAction)
-    for setting, kind in (("lr", float), ("text-share", float), ("served", float), ("max-pressure", float)):
-        one.add_argument(f"--{setting}", type=kind)
-    for setting in ("batch", "passes"):
+    for setting in ("lr", "text-share"):
+        one.add_argument(f"--{setting}", type=float)
+    for setting in ("batch", "passes", "evaluations"):
         one.add_argument(f"--{setting}", type=int)
     one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
     one = commands.add_parser("assemble")
