@@ -6,7 +6,8 @@ Stages: prepare (trace, packed models, GGUFs), reader, kernels, decode, whole, p
 prints the table and writes results and plot. Each stage is a list of cases; a round runs each once, in a process of its
 own, under a memory cgroup where the case has a limit, the page cache dropped before. What has run is kept in
 WORK/runs.jsonl and not run again, so that an interrupted benchmark goes on where it was. llama.cpp needs
---llama-python, a Python that has llama-cpp-python; without it its rows are left out. Needs root (cgroup, page cache)
+--llama-python, a Python that has llama-cpp-python, and accelerate's disk offload --accelerate-python, one that has
+accelerate and transformers; without them their rows are left out. Needs root (cgroup, page cache)
 and fio. Knows commands and their JSON; the measuring is in benchmarks/forced.py, reader.py, kernels.py.
 """
 
@@ -62,6 +63,10 @@ class Bench:
     def packed(self, dtype: str) -> Path:
         return self.work / f"{self.options.shape}-{dtype}"
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / f"{self.options.shape}-checkpoint"
+
     def gguf(self, kind: str) -> Path:
         return self.work / f"{self.options.shape}-{kind}.gguf"
 
@@ -81,6 +86,15 @@ class Bench:
             length = ("--tokens", str(self.options.llama_tokens), "--threads", str(os.cpu_count()))
             command = (str(self.options.llama_python), str(script), "decode", str(self.gguf(kind)), *length)
             yield Case(stage, name, command, None if memory is None else parse_size(memory))
+
+    def accelerate(self, stage: str, name: str, memory: str) -> Iterator[Case]:
+        """The disk offload of accelerate, if there is one: for the same shape, a checkpoint of random weights too."""
+        if self.options.accelerate_python is not None:
+            limit = parse_size(memory)
+            script = (str(self.options.accelerate_python), "-P", str(ROOT / "benchmarks" / "accelerate_decode.py"))
+            length = ("--tokens", str(min(3, self.options.llama_tokens)), "--threads", str(os.cpu_count()))
+            place = ("--memory", str(limit), "--offload", str(self.work / "offload"))
+            yield Case(stage, name, (*script, str(self.checkpoint), *place, *length), limit)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -159,6 +173,7 @@ def sweep_cases(bench: Bench) -> Iterator[Case]:
             yield bench.ours("sweep", f"{dtype} {percent} %", dtype, memory)
         for kind in ("bf16", "q4_0"):
             yield from bench.theirs("sweep", f"llama.cpp {kind} {percent} %", kind, memory)
+        yield from bench.accelerate("sweep", f"accelerate bf16 {percent} %", memory)
 
 
 def prompt_cases(bench: Bench) -> Iterator[Case]:
@@ -186,6 +201,8 @@ def prepare(bench: Bench) -> None:
         if not bench.packed(dtype).exists():
             made = ("--shape", options.shape, "--dtype", dtype, "--trace", bench.trace, "--out", bench.packed(dtype))
             run(bench.python("make_packed", *made))
+    if options.accelerate_python is not None and not bench.checkpoint.exists():
+        run(bench.python("make_checkpoint", "--shape", options.shape, "--out", bench.checkpoint))
     if options.llama_python is not None:
         if not bench.gguf("bf16").exists():
             run(bench.python("packed_gguf", bench.packed("bf16"), "--out", bench.gguf("bf16")))
@@ -278,6 +295,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="afm-4.5b", choices=MODEL_BYTES)
     parser.add_argument("--real", type=Path, help="checkpoint of the real ReLU² model, for its trace")
     parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python")
+    parser.add_argument("--accelerate-python", type=Path, help="a Python with accelerate and transformers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm", type=int, default=16, help="tokens before those that are timed")
     parser.add_argument("--tokens", type=int, default=64, help="timed ones of a run")

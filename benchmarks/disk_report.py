@@ -275,7 +275,7 @@ def _plot_sweep(axes: Any, rows: Sequence[Run]) -> None:
             system = re.sub(r",? (all in memory|[0-9]+(GiB| %))$", "", row["name"])
             lines.setdefault(system, []).append((row.get("limit_bytes", _ALL_BYTES) / 1e9, row["tokens_per_s"]))
     for name, points in lines.items():
-        label = name if "llama" in name else f"coldstream {name}"
+        label = name if name.startswith(("llama.cpp", "accelerate")) else f"coldstream {name}"
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axes.set(xlabel="memory, GB; the model in bf16 has 8.4", ylabel="tokens/s", yscale="log")
     if lines:

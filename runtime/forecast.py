@@ -21,6 +21,8 @@ from cache.store import BundleFile
 _SAMPLES = 16  # tokens drawn for each layer
 _CALLS = 350  # small operations of a layer that cost their call and no more
 _READ_CALLS = 250  # more of them, where a layer reads
+_WARM = 0.1  # of a call's seconds, where what it needs is still in a cache when its layer's turn comes
+_CACHE_BYTES = 32e6  # that a layer goes through until nothing is
 _REQUEST_S = 1.5e-6  # of the processor's, for each read, while nothing else is done
 _NEURON_S = 15e-9  # of masks, look-up and counting, for each neuron there is
 _SCATTERED = 0.7  # of the speed at which matrices are read: records lie apart
@@ -78,9 +80,10 @@ def forecast(
     those that are read for each token.
     """
     rng = np.random.default_rng(0)
+    num_layers = file.num_layers
     needed = hits = num_requests = 0.0
     read_bytes, disk_s = float(streamed_bytes), streamed_bytes * terms.cost.byte_s
-    total_s = disk_s + other_bytes / machine.bytes_per_s + file.num_layers * _CALLS * machine.call_s
+    total_s = disk_s + other_bytes / machine.bytes_per_s
     for layer, num_slots in enumerate(slots_per_layer):
         share = np.ones(file.num_neurons) if dense else np.minimum(frequency[layer], 1.0)
         absent = np.ones(file.num_neurons, bool)
@@ -88,14 +91,20 @@ def forecast(
         requests, num_bytes = _reads(file, layer, np.where(absent, share, 0.0), terms, rng)
         read_s = terms.cost.seconds(requests, num_bytes, float(num_bytes > 0))
         ffn_s = float(share.sum()) * file.layout.record_bytes / (machine.bytes_per_s * _SCATTERED)
+        call_s = machine.call_s * coldness(other_bytes / num_layers + float(share.sum()) * file.layout.record_bytes)
         checked = file.layer_bytes if num_bytes and share.min() >= 1.0 else num_bytes  # streamed: what stays is copied
         busy_s = ffn_s + checked * _CHECK_BYTE_S
         total_s += max(read_s, busy_s) + min(read_s, busy_s) * _LAST_PIECE + file.num_neurons * _NEURON_S
-        if num_bytes:
-            total_s += _READ_CALLS * machine.call_s + requests * _REQUEST_S
+        total_s += (_CALLS + (_READ_CALLS if num_bytes else 0)) * call_s + requests * _REQUEST_S
         needed, hits = needed + float(share.sum()), hits + float(share[~absent].sum())
         read_bytes, num_requests, disk_s = read_bytes + num_bytes, num_requests + requests, disk_s + read_s
     return Forecast(1 / total_s, disk_s, total_s - disk_s, read_bytes, num_requests, hits / max(needed, 1e-9))
+
+
+def coldness(layer_bytes: float) -> float:
+    """Of a call's full seconds, what it takes where a layer goes through so many bytes: code and small arrays that the
+    weights have driven out of the caches come from memory again."""
+    return _WARM + (1 - _WARM) * min(1.0, layer_bytes / _CACHE_BYTES)
 
 
 def _reads(

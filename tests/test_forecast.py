@@ -19,6 +19,7 @@ from runtime.forecast import (
     _SCATTERED,
     Machine,
     ReadTerms,
+    coldness,
     forecast,
 )
 from runtime.gpu_forecast import _KERNELS, GpuMachine, gpu_forecast
@@ -35,14 +36,24 @@ LAYOUT = BundleLayout.make(64, True, BundleDtype.FP32)
 FILE = BundleFile(Path("absent"), LAYOUT, NEURONS, (0, NEURONS * LAYOUT.stride))
 TERMS = ReadTerms(ReadCost(1e-4, 1e-5, 1e-9), 0, 512)
 MACHINE = Machine(1e9, 1e-6)
-SMALL_S = LAYERS * (_CALLS * 1e-6 + NEURONS * _NEURON_S)  # calls, masks and look-up
+
+
+def small_s(layer_bytes: float, calls: int = _CALLS) -> float:
+    """Calls of layers that go through so many bytes, masks and look-up."""
+    return LAYERS * (calls * 1e-6 * coldness(layer_bytes) + NEURONS * _NEURON_S)
+
+
 GPU = GpuMachine(1e11, 1e9, 1e-6)
 
 
 def test_with_all_resident_only_computing_takes_time() -> None:
     frequency = np.full((LAYERS, NEURONS), 0.25)
     found = forecast(FILE, [NEURONS] * LAYERS, frequency, 1_000_000, 0, TERMS, MACHINE)
-    expected = 1e-3 + SMALL_S + LAYERS * 100 * LAYOUT.record_bytes / (1e9 * _SCATTERED)
+    expected = (
+        1e-3
+        + small_s(1e6 / LAYERS + 100 * LAYOUT.record_bytes)
+        + LAYERS * 100 * LAYOUT.record_bytes / (1e9 * _SCATTERED)
+    )
     assert found.tokens_per_s == pytest.approx(1 / expected)
     assert (found.disk_s, found.read_bytes, found.num_requests, found.hit_share) == (0, 0, 0, 1)
 
@@ -64,11 +75,18 @@ def test_a_streamed_layer_hides_the_multiply_behind_the_reads() -> None:
     assert forecast(FILE, [0] * LAYERS, ones * 0.1, 0, 0, TERMS, MACHINE, dense=True) == found
     slower, idle = (forecast(FILE, [0] * LAYERS, ones, 0, 0, TERMS, Machine(s, 1e-6)) for s in (1e6, 1e15))
     checks_s = LAYERS * FILE.layer_bytes * 0.2e-9
-    calls_s = LAYERS * _READ_CALLS * 1e-6 + found.num_requests * _REQUEST_S
-    assert idle.tokens_per_s == pytest.approx(1 / (found.disk_s + checks_s * _LAST_PIECE + SMALL_S + calls_s))
-    in_turn_s = found.disk_s + LAYERS * FILE.layer_bytes / (1e9 * _SCATTERED) + checks_s + SMALL_S + calls_s
+    calls_s = small_s(NEURONS * LAYOUT.record_bytes, _CALLS + _READ_CALLS) + found.num_requests * _REQUEST_S
+    assert idle.tokens_per_s == pytest.approx(1 / (found.disk_s + checks_s * _LAST_PIECE + calls_s))
+    in_turn_s = found.disk_s + LAYERS * FILE.layer_bytes / (1e9 * _SCATTERED) + checks_s + calls_s
     assert found.disk_s < 1 / found.tokens_per_s < in_turn_s
     assert slower.tokens_per_s < found.tokens_per_s / 10  # then computing is what takes the time
+
+
+def test_calls_cost_their_full_time_only_where_weights_drive_everything_out() -> None:
+    found = [coldness(b) for b in (0, 1e6, 16e6, 32e6, 1e9)]
+    assert found == sorted(found)
+    assert 0 < found[0] < 0.2
+    assert found[3] == found[4] == 1
 
 
 def test_more_slots_and_a_faster_disk_are_never_slower() -> None:
