@@ -7,11 +7,11 @@
     python -m benchmarks.gpu_reference benchmarks/results/gpu.json --parts .gpu                           # here again
     python -m benchmarks.gpu_table benchmarks/results/gpu.json --readme README.md
 
-Groups run in the order of their worth, each in a process of its own, so that one that breaks leaves the others a sound
-GPU. Every step is written to OUT/gpu.json at once; a run begins with what --previous holds (a file that an earlier run
-wrote) and measures what is missing, as far as --seconds go. The last line is one JSON object. Weights of the large
-shapes are random and made on the GPU, the sets that are computed come from traces (benchmarks/traces.py); floors are
-bytes that the run counted over bandwidths that it measured.
+Groups run in the order of their worth (`profile` tells where a step's time goes), each in a process of its own, so that
+one that breaks leaves the others a sound GPU. Every step is written to OUT/gpu.json at once; a run begins with what
+--previous holds (a file that an earlier run wrote) and measures what is missing, as far as --seconds go. The last line
+is one JSON object. Weights of the large shapes are random and made on the GPU, the sets that are computed come from
+traces (benchmarks/traces.py); floors are bytes that the run counted over bandwidths that it measured.
 """
 
 from __future__ import annotations
@@ -68,6 +68,32 @@ def dense_group(options: argparse.Namespace, results: Results) -> None:
 
 def afm_group(options: argparse.Namespace, results: Results) -> None:
     large_shape("afm-4.5b", options, results, batches=(4, 16))
+
+
+def profile_group(options: argparse.Namespace, results: Results) -> None:
+    """Of the AFM-4.5B shape: where a step's time goes, with a fifth of the FFN resident and with all of it."""
+    import torch
+
+    from benchmarks.gpu_product import ProductTraced, make_home
+    from benchmarks.gpu_profile import measure_profile
+    from benchmarks.gpu_reference import TRACES
+    from benchmarks.gpu_shapes import shape_plan
+    from benchmarks.make_checkpoint import SHAPES
+    from benchmarks.traces import Replay, Trace
+    from cache.bundle import BundleDtype, BundleLayout
+
+    shape = SHAPES["afm-4.5b"]
+    layout = BundleLayout.make(shape.hidden_size, shape.gated, BundleDtype.BF16)
+    replay = Replay(Trace.read(options.parts / TRACES["afm-4.5b"]), shape.num_hidden_layers, shape.intermediate_size)
+    home = make_home(shape, layout)
+
+    def make(percent: int, mode: str) -> ProductTraced:
+        plan = shape_plan(shape, VOCAB_SIZE, percent, mode=mode)
+        return ProductTraced(shape, VOCAB_SIZE, home, plan, replay if mode == "sparse" else None)
+
+    for percent, mode in ((100, "sparse"), (20, "sparse"), (100, "dense")):
+        results.step(f"profile {mode} {percent} %", partial(measure_profile, partial(make, percent, mode)))
+        torch.cuda.empty_cache()
 
 
 def llama_group(options: argparse.Namespace, results: Results) -> None:
@@ -171,6 +197,7 @@ def counted(output: str) -> Figures:
 Group = Callable[[argparse.Namespace, Results], None]
 GROUPS: dict[str, tuple[Group, float]] = {  # by worth; seconds that a group needs at least
     "ceilings": (ceilings_group, 15),
+    "profile": (profile_group, 25),
     "afm": (afm_group, 40),
     "dense": (dense_group, 20),
     "accelerate": (accelerate_group, 25),

@@ -28,17 +28,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from cache.bundle import BundleDtype, BundleLayout
-from runtime.gpu_ffn import GpuFFN
+from runtime.gpu_ffn import GpuFFN, Norm
 from runtime.gpu_home import GpuHome
 from runtime.gpu_slots import GpuSlots
-from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.kernels import triton_launch
+from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.sketches import InputStatistics, make_plane_sketch
 
 HIDDEN, NEURONS = 576, 192  # SmolLM2's rows; few neurons, whose number is no constant
 CPU = torch.device("cpu")
+LAYOUT = BundleLayout.make(HIDDEN, True, BundleDtype.BF16)
 Case = tuple[str, Callable[[], None]]
 
 
@@ -50,6 +53,7 @@ def compile_only(capability: int) -> None:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = compiled
+    triton_launch.ASSUMED = capability >= 90
     target = GPUTarget("cuda", capability, 32)
     driver = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
@@ -73,6 +77,9 @@ def cases() -> Iterator[Case]:
             yield f"gates {kind} rows {rows}", gates(kind, rows)
             if kind is not torch.float16:
                 yield f"attention {kind} rows {rows}", attention(kind, rows)
+    for rows in (1, 4):
+        for kind in (torch.float32, torch.bfloat16):
+            yield f"projections {kind} rows {rows}", projections(kind, rows)
     yield "copies", copies
 
 
@@ -86,7 +93,7 @@ def neurons(dtype: BundleDtype, gated: bool, act: str, rows: int, masked: bool =
         masks = AllMasks(rows) if masked else None
         least = torch.zeros(1, NEURONS) if masked else None
         ffn = GpuFFN(slots, act, masks, least, rows, NEURONS, torch.bfloat16)
-        ffn.decode(0, torch.zeros(rows, HIDDEN), torch.ones(rows, dtype=torch.int64), torch.zeros(rows, HIDDEN))
+        ffn.decode(0, torch.zeros(rows, HIDDEN), norm_of(HIDDEN), torch.ones(rows, dtype=torch.int64))
 
     return call
 
@@ -99,8 +106,12 @@ class AllMasks:
     def __init__(self, rows: int) -> None:
         self._mask = torch.ones(rows, NEURONS, dtype=torch.uint8)
 
-    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
         return self._mask
+
+
+def norm_of(hidden: int) -> Norm:
+    return Norm(torch.ones(hidden), 1e-5)
 
 
 def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:
@@ -109,8 +120,8 @@ def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:
         gate, up, down = (rng.standard_normal((40, hidden)).astype(np.float32) for _ in range(3))
         statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
         sketch = make_plane_sketch(act, gate if gated else None, up, down, statistics, 1.69)
-        mask = torch.zeros(rows, 40, dtype=torch.uint8)
-        plane_masks(torch.zeros(rows, hidden), DeviceSketch(sketch, CPU), 0.5, mask)
+        mask, x, there = torch.zeros(rows, 40, dtype=torch.uint8), torch.zeros(rows, hidden), DeviceSketch(sketch, CPU)
+        plane_masks(x, torch.ones(hidden), 1e-5, there, 0.5, torch.zeros(table_numbers(rows, there.num_words)), x, mask)
 
     return call
 
@@ -127,11 +138,20 @@ def attention(dtype: torch.dtype, rows: int) -> Callable[[], None]:
     def call() -> None:
         heads, kv_heads, size, page = 9, 3, 64, 16
         keys = torch.zeros(4, page, kv_heads, size, dtype=dtype)
-        qkv, q = torch.zeros(rows, heads + 2 * kv_heads, size), torch.zeros(rows, heads, size)
+        qkv, out = torch.zeros(rows, heads + 2 * kv_heads, size), torch.zeros(rows, heads, size)
         angles, positions = torch.zeros(64, size // 2), torch.zeros(rows, dtype=torch.int64)
-        rotate_and_write(qkv, angles, angles, positions, positions, q, keys, keys)
-        tables = torch.zeros(rows, 4, dtype=torch.int64)
-        paged_attention(q, keys, keys, tables, positions, q, 0.125)
+        tables, scratch = torch.zeros(rows, 4, dtype=torch.int64), Splits.make(rows, heads, size, CPU)
+        attend(qkv, angles, angles, positions, positions, keys, keys, tables, scratch, out, 0.125)
+
+    return call
+
+
+def projections(dtype: torch.dtype, rows: int) -> Callable[[], None]:
+    def call() -> None:
+        x, weight = torch.zeros(rows, HIDDEN), torch.zeros(NEURONS, HIDDEN, dtype=dtype)
+        norm_rows(x, torch.ones(HIDDEN), 1e-5, x)
+        matvec(x, weight, torch.zeros(rows, NEURONS), torch.ones(HIDDEN), 1e-5, torch.zeros(NEURONS))
+        matvec(x, weight, torch.zeros(rows, NEURONS), added=True)
 
     return call
 
@@ -139,6 +159,7 @@ def attention(dtype: torch.dtype, rows: int) -> Callable[[], None]:
 def copies() -> None:
     words, ids = torch.zeros(8, 432, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     copy_records(words, words, ids, ids)
+    GpuSlots(GpuHome(1, NEURONS, LAYOUT, register=False), (4,), np.ones((1, NEURONS), np.float32), (0,), CPU).rerank()
 
 
 def run(capability: int) -> int:

@@ -20,13 +20,13 @@ from benchmarks.make_checkpoint import Shape
 from benchmarks.traces import ROW_STEP, Replay
 from cache.bundle import BundleLayout
 from runtime.batch import Batch, SequenceView
-from runtime.gpu_ffn import GpuFFN, Masks, PlaneMasks
+from runtime.gpu_ffn import GpuFFN, Masks, Norm, PlaneMasks
 from runtime.gpu_home import GpuHome
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_masks import DeviceSketch
-from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS
+from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS, SWAPPED
 from runtime.kv_cache import KVCache
 
 SKETCH_BITS = 1.7
@@ -61,11 +61,13 @@ class TraceMasks:
         )  # [L, T, F]
         self._first = torch.arange(rows, device=device) * ROW_STEP
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = self._first.clone()
 
-    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        self._inner.of(layer, x)
-        places = (self._token + self._first[: x.shape[0]]) % self._sets.shape[1]
-        mask = self._sets[layer].index_select(0, places)
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
+        self._inner.of(layer, x, norm, h)
+        if layer == 0:
+            torch.remainder(self._token + self._first, self._sets.shape[1], out=self._places)
+        mask = self._sets[layer].index_select(0, self._places[: x.shape[0]])
         if layer == self._sets.shape[0] - 1:
             self._token += 1
         return mask
@@ -155,7 +157,7 @@ class ProductTraced:
             missed_bytes=misses * first + seen[DOWN_MISSES] * vector,
             hit_bytes=seen[HITS] * first + seen[DOWN_HITS] * vector,
             overflow=0,
-            swapped=self._slots.swapped,
+            swapped=seen[SWAPPED],
         )
 
 

@@ -8,6 +8,7 @@ Shapes: B rows (a power of two), N rows of a prompt, F neurons, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,18 +18,31 @@ from runtime.activation import activation
 from runtime.ffn import record_matrix
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_matvec import norm_rows
 from runtime.kernels.triton_neurons import Scratch, add_ffn
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The RMS norm in front of an FFN: weight fp32 [D]."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def of(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out = x normed, fp32 [B, D] both."""
+        norm_rows(x, self.weight, self.eps, out)
+
+
 class Masks(Protocol):
-    """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D]) -> uint8 [B, F], or
-    None: the whole layer; the tensor is the caller's until the next call."""
+    """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
+    [B, F], or None: the whole layer; the tensor is the caller's until the next call, and h gets x normed."""
 
     name: str
     num_bytes: int
 
-    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor | None: ...
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None: ...
 
 
 class PlaneMasks:
@@ -43,14 +57,17 @@ class PlaneMasks:
         known = [s for s in sketches if s is not None]
         num_neurons = known[0].num_neurons if known else 0
         self._mask = torch.ones(max_rows, num_neurons, dtype=torch.uint8, device=device)  # the pinned ones stay as is
-        self.num_bytes = sum(s.num_bytes for s in known)
+        most = max((s.num_words for s in known), default=0)
+        self._tables = torch.empty(table_numbers(max_rows, most), device=device)
+        self.num_bytes = sum(s.num_bytes for s in known) + self._tables.nbytes
 
-    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None:
         sketch = self._sketches[layer]
         if sketch is None:
+            norm.of(x, h)
             return None
         mask = self._mask[: x.shape[0]]
-        plane_masks(x, sketch, self._thresholds[layer], mask)
+        plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._tables, h, mask)
         return mask
 
 
@@ -64,9 +81,10 @@ class GateMasks:
         self._mask = torch.empty(max_rows, gates[0].shape[0], dtype=torch.uint8, device=gates[0].device)
         self.num_bytes = sum(g.nbytes for g in gates)
 
-    def of(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
+        norm.of(x, h)
         mask = self._mask[: x.shape[0]]
-        gate_masks(x, self._gates[layer], mask)
+        gate_masks(h, self._gates[layer], mask)
         return mask
 
 
@@ -90,59 +108,84 @@ class GpuFFN:
         self._layout: BundleLayout = slots.layout
         num_neurons, device, hidden = slots.table.shape[1], slots.device, slots.layout.hidden_size
         self._scratch = Scratch.make(max_rows, num_neurons, hidden, device)
+        self._h = torch.empty(max_rows, hidden, device=device)
         staged = min(staged_neurons, num_neurons)
         self._staging = [torch.empty(staged, slots.layout.stride, dtype=torch.uint8, device=device) for _ in range(2)]
         self._records = [slots.records(layer) for layer in range(slots.table.shape[0])]
         cuda = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._copied, self._free = ([torch.cuda.Event() for _ in range(2)] if cuda else [] for _ in range(2))  # type: ignore[no-untyped-call]
+        self._begun = 0  # the first piece of all layers' that is not yet on its way
 
-    def decode(self, layer: int, x: torch.Tensor, live: torch.Tensor, out: torch.Tensor) -> None:
-        """out fp32 [B, D] += FFN(x), row by row; live int64 [B]: zero for padding."""
-        mask = None if self.masks is None else self.masks.of(layer, x)
+    def decode(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> None:
+        """x fp32 [B, D] += FFN(x normed), row by row; live int64 [B]: zero for padding."""
+        h = self._h[: x.shape[0]]
+        mask = None
+        if self.masks is None:
+            norm.of(x, h)
+        else:
+            mask = self.masks.of(layer, x, norm, h)
         active_at = None if self._active_at is None else self._active_at[layer]
         add_ffn(
-            x, self._records[layer], self._name, mask, active_at, out, self._scratch, self.slots.used[layer],
+            h, self._records[layer], self._name, mask, active_at, x, self._scratch, self.slots.used[layer],
             self.slots.counters, live,
         )  # fmt: skip
 
+    def begin(self) -> None:
+        """Starts the first layer on its way for a prefill, in which all layers follow in their order."""
+        self._begun = 0
+        self._copy_ahead(0)
+
     def prefill(self, layer: int, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """FFN(x) for each of xs, fp32 [N, D], over all neurons: pieces of the layer are copied while those before them
-        are multiplied with."""
+        """FFN(x) for each of xs, fp32 [N, D], over all neurons: while a piece of the layer is multiplied with, the next
+        one is copied, the next layer's included. After `begin`, layer by layer."""
         outs = [torch.zeros_like(x) for x in xs]
         rows = [x.to(self._gemm_dtype) for x in xs]
-        home, size = self.slots.home.records[layer], self._staging[0].shape[0]
-        starts = list(range(0, home.shape[0], size))
-        if starts:
-            self._copy(home[:size], 0)
-        for turn, _ in enumerate(starts):
-            if turn + 1 < len(starts):
-                self._copy(home[starts[turn + 1] : starts[turn + 1] + size], turn + 1)
-            records = self._arrived(turn)[: min(size, home.shape[0] - starts[turn])]
-            self._multiply(records, rows, outs)
-            self._leave(turn)
+        num = self._num_pieces()
+        for piece in range(layer * num, (layer + 1) * num):
+            self._copy_ahead(piece)
+            self._multiply(self._arrived(piece), rows, outs)
+            self._leave(piece)
+        self._copy_ahead((layer + 1) * num)
         return outs
 
-    def _copy(self, records: torch.Tensor, turn: int) -> None:
-        """Starts a piece on its way to the buffer of its turn, once that is free."""
-        target = self._staging[turn % 2][: records.shape[0]]
+    def _num_pieces(self) -> int:
+        """Of a layer."""
+        staged = self._staging[0].shape[0]
+        return -(-self.slots.home.records.shape[1] // staged) if staged else 0
+
+    def _piece(self, piece: int) -> torch.Tensor:
+        """Its records in main memory."""
+        (layer, turn), size = divmod(piece, self._num_pieces()), self._staging[0].shape[0]
+        return self.slots.home.records[layer, turn * size : (turn + 1) * size]
+
+    def _copy_ahead(self, piece: int) -> None:
+        """A piece and the one after it are on their way to the two buffers, as soon as these are free."""
+        last = self._num_pieces() * self.slots.home.records.shape[0]
+        while self._begun < min(piece + 2, last):
+            self._copy(self._begun)
+            self._begun += 1
+
+    def _copy(self, piece: int) -> None:
+        records = self._piece(piece)
+        target = self._staging[piece % 2][: records.shape[0]]
         self.slots.copied_bytes += records.nbytes
         if self._copies is None:
             target.copy_(records)
             return
         with torch.cuda.stream(self._copies):
-            self._copies.wait_event(self._free[turn % 2])
+            self._copies.wait_event(self._free[piece % 2])
             target.copy_(records, non_blocking=True)
-            self._copied[turn % 2].record(self._copies)
+            self._copied[piece % 2].record(self._copies)
 
-    def _arrived(self, turn: int) -> torch.Tensor:
+    def _arrived(self, piece: int) -> torch.Tensor:
         if self._copies is not None:
-            torch.cuda.current_stream().wait_event(self._copied[turn % 2])
-        return self._staging[turn % 2]
+            torch.cuda.current_stream().wait_event(self._copied[piece % 2])
+        return self._staging[piece % 2][: self._piece(piece).shape[0]]
 
-    def _leave(self, turn: int) -> None:
+    def _leave(self, piece: int) -> None:
         if self._copies is not None:
-            self._free[turn % 2].record(torch.cuda.current_stream())
+            self._free[piece % 2].record(torch.cuda.current_stream())
 
     def _multiply(self, records: torch.Tensor, rows: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
         """outs += the neurons of records uint8 [n, stride]."""

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from runtime.batch import Batch, ModelCounters, SequenceView
 from runtime.config import ModelConfig
-from runtime.gpu_ffn import GpuFFN, product
-from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.gpu_ffn import GpuFFN, Norm, product
+from runtime.kernels.triton_attention import Splits, attend
+from runtime.kernels.triton_matvec import MOST_ROWS, matvec
 from runtime.kernels.triton_neurons import ACTIVE, PREDICTED
 from runtime.kv_cache import KVCache
 from runtime.model import LayerWeights, ModelWeights, apply_rope, rms_norm, rope_tables
@@ -36,10 +36,10 @@ class GpuLayer:
     qkv_bias: torch.Tensor | None
     o_proj: torch.Tensor  # [D, H d]
     o_bias: torch.Tensor | None
-    post_attention_layernorm: torch.Tensor  # [D]
+    ffn_norm: Norm
 
     @classmethod
-    def of(cls, w: LayerWeights, device: torch.device) -> GpuLayer:
+    def of(cls, w: LayerWeights, eps: float, device: torch.device) -> GpuLayer:
         biases = [b for b in (w.q_bias, w.k_bias, w.v_bias) if b is not None]
         return cls(
             w.input_layernorm.to(device),
@@ -47,7 +47,7 @@ class GpuLayer:
             torch.cat(biases).float().to(device) if biases else None,
             w.o_proj.to(device),
             None if w.o_bias is None else w.o_bias.float().to(device),
-            w.post_attention_layernorm.to(device),
+            Norm(w.post_attention_layernorm.to(device), eps),
         )
 
 
@@ -58,6 +58,7 @@ class _Bucket:
         pin = device.type == "cuda"
         self.rows = rows
         self.given = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, pin_memory=pin)
+        self.fields = self.given.numpy()  # of the same memory: a few numbers are written faster so
         self.inputs = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, device=device)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.answer = torch.empty(rows, vocab_size, dtype=torch.float32, pin_memory=pin)
@@ -71,7 +72,7 @@ class GpuModel:
         self, config: ModelConfig, weights: ModelWeights, ffn: GpuFFN, max_model_len: int, buckets: Sequence[int]
     ) -> None:
         self.config, self._ffn, self._device = config, ffn, ffn.slots.device
-        self._layers = [GpuLayer.of(w, self._device) for w in weights.layers]
+        self._layers = [GpuLayer.of(w, config.rms_norm_eps, self._device) for w in weights.layers]
         self._embed = torch.as_tensor(weights.embed_tokens).to(self._device)
         tied = weights.lm_head is weights.embed_tokens
         self._norm, self._head = (
@@ -84,6 +85,7 @@ class GpuModel:
         self._buckets: dict[int, _Bucket] = {}
         self._steps: Counter[str] = Counter(sparse=0, dense=0, prefill=0)
         self._rows = 0
+        self._splits = Splits.make(self._sizes[-1], config.num_attention_heads, config.head_dim, self._device)
 
     def counters(self) -> ModelCounters:
         """As the last decode step that is done left them; waits for nothing."""
@@ -130,15 +132,14 @@ class GpuModel:
     def _decode_rows(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         num = len(batch.sequences)
         bucket = self._bucket(next(b for b in self._sizes if b >= num), kv)
-        given = bucket.given
-        given.zero_()
-        given[:, 2] = -1
-        given[:num, 0], given[:num, 1], given[:num, 2] = batch.token_ids, batch.positions, kv.slots(batch)
-        given[:num, 3] = 1
+        fields = bucket.fields
+        fields[:, :_FIELDS] = 0, 0, -1, 0  # padding
+        fields[:num, 0], fields[:num, 1] = batch.token_ids.numpy(), batch.positions.numpy()
+        fields[:num, 2], fields[:num, 3] = kv.slots(batch).numpy(), 1
         for row, view in enumerate(batch.sequences):
-            width = min(len(view.blocks), given.shape[1] - _FIELDS)
-            given[row, _FIELDS : _FIELDS + width] = torch.from_numpy(view.blocks[:width].astype(np.int64))
-        bucket.inputs.copy_(given, non_blocking=True)
+            width = min(len(view.blocks), fields.shape[1] - _FIELDS)
+            fields[row, _FIELDS : _FIELDS + width] = view.blocks[:width]
+        bucket.inputs.copy_(bucket.given, non_blocking=True)
         if bucket.replay is None:
             self._step(bucket, kv)
         else:
@@ -183,10 +184,12 @@ class GpuModel:
         tables = bucket.inputs[:, _FIELDS:].contiguous()
         x = self._embed[tokens].float()
         for layer, w in enumerate(self._layers):
-            x = x + self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
-            h = rms_norm(x, w.post_attention_layernorm, self.config.rms_norm_eps)
-            self._ffn.decode(layer, h, live, x)
-        bucket.logits.copy_(self._logits(x))
+            self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
+            self._ffn.decode(layer, x, w.ffn_norm, live)
+        if bucket.rows <= MOST_ROWS:
+            matvec(x, self._head, bucket.logits, self._norm, self.config.rms_norm_eps)
+        else:
+            bucket.logits.copy_(self._logits(x))
 
     def _attended(
         self,
@@ -196,15 +199,23 @@ class GpuModel:
         tokens: tuple[torch.Tensor, torch.Tensor],
         tables: torch.Tensor,
         kv: KVCache,
-    ) -> torch.Tensor:
-        """Attention's output of rows x fp32 [B, D], each at its own position of its own sequence."""
-        c, (positions, slots) = self.config, tokens
-        qkv = self._qkv(w, x)
-        q = torch.empty(x.shape[0], c.num_attention_heads, c.head_dim, device=x.device)
-        out = torch.empty_like(q)
-        rotate_and_write(qkv, self._cos, self._sin, positions, slots, q, kv.keys[layer], kv.values[layer])
-        paged_attention(q, kv.keys[layer], kv.values[layer], tables, positions, out, self._scale)
-        return self._projected(w, out)
+    ) -> None:
+        """Adds attention's output to rows x fp32 [B, D], each at its own position of its own sequence."""
+        c, (positions, slots), few = self.config, tokens, x.shape[0] <= MOST_ROWS
+        if few:
+            qkv = torch.empty(x.shape[0], w.qkv.shape[0], device=x.device)
+            matvec(x, w.qkv, qkv, w.input_layernorm, c.rms_norm_eps, w.qkv_bias)
+        else:
+            qkv = self._qkv(w, x)
+        out = torch.empty(x.shape[0], c.num_attention_heads, c.head_dim, device=x.device)
+        attend(
+            qkv.view(x.shape[0], -1, c.head_dim), self._cos, self._sin, positions, slots, kv.keys[layer],
+            kv.values[layer], tables, self._splits, out, self._scale,
+        )  # fmt: skip
+        if few:
+            matvec(out.flatten(1), w.o_proj, x, bias=w.o_bias, added=True)
+        else:
+            x += self._projected(w, out)
 
     def _qkv(self, w: GpuLayer, x: torch.Tensor) -> torch.Tensor:
         """fp32 [N, H + 2 Hkv, d], before rotation."""
@@ -224,11 +235,13 @@ class GpuModel:
         rows = [_Prompt(b, self._embed, kv) for b in batches]
         dense = [r for r in rows if r.batch.kind == "prefill" or self._ffn.masks is None]
         sparse = [r for r in rows if r not in dense]
+        if dense:
+            self._ffn.begin()
         for layer, w in enumerate(self._layers):
             check()
             for part in rows:
                 part.x = part.x + self._attended_together(layer, w, part, kv)
-            hs = [rms_norm(r.x, w.post_attention_layernorm, self.config.rms_norm_eps) for r in dense]
+            hs = [rms_norm(r.x, w.ffn_norm.weight, w.ffn_norm.eps) for r in dense]
             for part, out in zip(dense, self._ffn.prefill(layer, hs) if hs else (), strict=True):
                 part.x = part.x + out
             for part in sparse:
@@ -246,8 +259,7 @@ class GpuModel:
             padded = torch.zeros(size, x.shape[1], device=x.device)
             padded[: x.shape[0]] = x
             live = (torch.arange(size, device=x.device) < x.shape[0]).long()
-            h = rms_norm(padded, w.post_attention_layernorm, self.config.rms_norm_eps)
-            self._ffn.decode(layer, h, live, padded)
+            self._ffn.decode(layer, padded, w.ffn_norm, live)
             part.x[start : start + size] = padded[: x.shape[0]]
         if layer == 0:
             self._rows += part.x.shape[0] * len(self._layers)

@@ -1,7 +1,8 @@
 """Which neurons are in GPU memory: slab, slot table and counters, all on the device, and the ranking that moves them.
 
 Which neurons have a slot decides where bytes come from and nothing else. The hot set starts from the profile and is
-ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), between two steps.
+ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), between two steps, by the
+device alone.
 Shapes: L layers, F neurons, S slots.
 """
 
@@ -20,11 +21,13 @@ from runtime.kernels.triton_neurons import (
     HITS,
     LOOKUPS,
     NUM_COUNTERS,
+    SWAPPED,
     Records,
 )
+from runtime.kernels.triton_rank import rerank
 
-RERANK_STEPS, RERANK_STEPS_WIDE = 16, 8  # between two rankings; the second where more than a third of the FFN fits
-_WIDE = 1 / 3
+RERANK_STEPS = 4  # between two rankings
+FAVOUR = 1.25  # who has a slot keeps it until somebody is wanted so much more: a swap costs as much as two misses
 _DECAY = 0.98  # a step
 _PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - decay)
 
@@ -50,17 +53,16 @@ class GpuSlots:
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
         pin = device.type == "cuda"
         self._seen = torch.zeros(NUM_COUNTERS, dtype=torch.int64, pin_memory=pin)
-        self._wanted = torch.tensor(self.slots_per_layer, device=device)[:, None]
+        self._wanted = torch.tensor(self.slots_per_layer, dtype=torch.int32, device=device)
+        self._moves = torch.zeros(1 + 2 * num_neurons, num_layers, dtype=torch.int32, device=device)
         prior = torch.from_numpy(np.array(frequency, np.float32))  # a copy: it is changed
         for layer, num in enumerate(pinned):
             prior[layer, :num] = torch.inf
         self._score = (prior * _PRIOR_STEPS).to(device)
-        wide = sum(self.slots_per_layer) > _WIDE * num_layers * num_neurons
-        self.interval = RERANK_STEPS_WIDE if wide else RERANK_STEPS
-        self._whole = sum(self.slots_per_layer) == num_layers * num_neurons
+        self.interval = RERANK_STEPS
+        self._fixed = sum(self.slots_per_layer) in (0, num_layers * num_neurons)
         self._steps = 0
         self.copied_bytes = 0  # of layers that were copied whole
-        self.swapped = 0  # records
         self._fill()
 
     def records(self, layer: int) -> Records:
@@ -79,22 +81,20 @@ class GpuSlots:
         """After each decode step; every few steps the hot set is ranked again."""
         self.note()
         self._steps += 1
-        if self._steps % self.interval == 0:
+        if self._steps % self.interval == 0 and not self._fixed:
             self.rerank()
 
     def rerank(self) -> None:
         """Neurons most wanted of late take the slots of those least wanted, layer by layer."""
-        if self._whole:
-            return
-        self._score.mul_(_DECAY**self.interval).add_(self.used)
-        self.used.zero_()
-        inside = self._best()
-        newcomers = (inside & (self.table < 0)).nonzero()  # [N, 2], by layer
-        leavers = (~inside & (self.table >= 0)).nonzero()
-        slots = self.table[leavers[:, 0], leavers[:, 1]]  # as many in every layer as there are newcomers
-        self.table[leavers[:, 0], leavers[:, 1]] = -1
-        self._move(newcomers, slots)
-        self.swapped += newcomers.shape[0]
+        swapped = self.counters[SWAPPED : SWAPPED + 1]
+        rerank(
+            self._score, self.used, self.table, self._wanted, self._home_words(), self.slab.view(torch.int32),
+            self._moves, swapped, _DECAY**self.interval, FAVOUR,
+        )  # fmt: skip
+
+    def _home_words(self) -> torch.Tensor:
+        """int32 [L F, words of a record]."""
+        return self.home.records.view(-1, self.home.records.shape[2]).view(torch.int32)
 
     def _fill(self) -> None:
         chosen = self._best().nonzero()
@@ -106,15 +106,14 @@ class GpuSlots:
         rank = torch.empty_like(order)
         places = torch.arange(order.shape[1], device=self.device).expand_as(order)
         rank.scatter_(1, order, places)
-        return rank < self._wanted
+        return rank < self._wanted[:, None]
 
     def _move(self, neurons: torch.Tensor, slots: torch.Tensor) -> None:
         """Records of neurons int64 [N, 2] (layer, neuron) into slots int32 [N]."""
         if not neurons.shape[0]:
             return
         flat = neurons[:, 0] * self.table.shape[1] + neurons[:, 1]
-        home = self.home.records.view(-1, self.home.records.shape[2])
-        copy_records(home.view(torch.int32), self.slab.view(torch.int32), flat, slots.long())
+        copy_records(self._home_words(), self.slab.view(torch.int32), flat, slots.long())
         self.table.view(-1)[flat] = slots
 
     def snapshot(self) -> CacheSnapshot:
@@ -124,9 +123,9 @@ class GpuSlots:
         vector_bytes = self.layout.hidden_size * self.layout.dtype.item_bytes
         misses = seen[LOOKUPS] - seen[HITS]
         read = misses * (vectors - 1) * vector_bytes + seen[DOWN_MISSES] * vector_bytes
-        moved = read + self.copied_bytes + self.swapped * self.layout.stride
+        moved = read + self.copied_bytes + seen[SWAPPED] * self.layout.stride
         capacity = sum(self.slots_per_layer) * self.layout.stride
-        tier = TierSnapshot(seen[LOOKUPS], seen[HITS], misses, self.swapped, self.swapped, capacity, capacity)
+        tier = TierSnapshot(seen[LOOKUPS], seen[HITS], misses, seen[SWAPPED], seen[SWAPPED], capacity, capacity)
         transfer = TransferSnapshot(bytes=moved, needed_bytes=read + self.copied_bytes, requests=misses)
         return CacheSnapshot({"gpu": tier}, {("cpu", "gpu"): transfer}, {})
 

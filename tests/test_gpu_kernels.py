@@ -11,15 +11,16 @@ import torch
 
 from cache.bundle import BundleDtype, BundleLayout, pack_records
 from runtime.kernels.reference import ReferenceKernels
-from runtime.model import apply_rope
+from runtime.model import apply_rope, rms_norm
 from runtime.sketches import InputStatistics, make_plane_sketch
 
 pytest.importorskip("triton")
 
-from runtime.kernels.triton_attention import paged_attention, rotate_and_write
+from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.kernels.triton_neurons import (
     ACTIVE,
     DOWN_HITS,
@@ -141,13 +142,17 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int) -> None:
     statistics = InputStatistics.of(rng.standard_normal((300, HIDDEN)).astype(np.float32) + 0.2)
     whole = make_plane_sketch(act, weight() if gated else None, weight(), weight(), statistics, 1.69)
     sketch = whole.without(np.arange(70) < num_pinned) if num_pinned else whole
-    x = rng.standard_normal((4, HIDDEN)).astype(np.float32)
+    x, norm = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, HIDDEN), HIDDEN))
+    normed = rms_norm(x, norm, 1e-5)
     wanted = np.empty((4, 70 - num_pinned), np.float32)
-    ReferenceKernels().plane_scores(x, sketch, wanted)
+    ReferenceKernels().plane_scores(normed.numpy(), sketch, wanted)
     mask, scores = (torch.full((4, 70), 7, dtype=torch.uint8, device=DEVICE), put(np.empty_like(wanted)))
     ordered = np.sort(wanted.ravel())
     threshold = float(ordered[140] + ordered[141]) / 2
-    plane_masks(put(x), DeviceSketch(sketch, DEVICE), threshold, mask, scores)
+    there, h = DeviceSketch(sketch, DEVICE), torch.empty(4, HIDDEN, device=DEVICE)
+    tables = torch.empty(table_numbers(4, there.num_words), device=DEVICE)
+    plane_masks(x.to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, tables, h, mask, scores)
+    torch.testing.assert_close(h.cpu(), normed, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scores.cpu().numpy(), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
     np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted >= threshold)
     assert (mask[:, :num_pinned] == 7).all()
@@ -164,32 +169,54 @@ def test_gate_masks() -> None:
         assert torch.equal(mask == 1, wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_times_few_rows(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(6)
+    x, weight, norm, bias = torch.randn(rows, 300), torch.randn(70, 300).to(dtype), torch.rand(300), torch.randn(70)
+    given = [t.to(DEVICE) for t in (x, weight, norm, bias)]
+    out = torch.ones(rows, 70, device=DEVICE)
+    matvec(given[0], given[1], out, given[2], 1e-5, given[3], added=True)
+    wanted = rms_norm(x, norm, 1e-5) @ weight.float().T + bias + 1
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    matvec(given[0], given[1], out)
+    torch.testing.assert_close(out.cpu(), x @ weight.float().T, rtol=1e-4, atol=1e-4)
+    normed = torch.empty_like(given[0])
+    norm_rows(given[0], given[2], 1e-5, normed)
+    torch.testing.assert_close(normed.cpu(), rms_norm(x, norm, 1e-5), rtol=1e-5, atol=1e-6)
+
+
 def test_attention_over_pages() -> None:
     torch.manual_seed(4)
-    rows, heads, kv_heads, size, page = 4, 6, 2, 8, 16
-    keys, values = (torch.randn(rows, 32, kv_heads, size) for _ in range(2))
-    tables = torch.randperm(10)[: 2 * rows].view(rows, 2)
-    positions = torch.tensor([0, 5, 17, 31])
-    stores = [torch.full((10, page, kv_heads, size), torch.nan) for _ in range(2)]
+    rows, heads, kv_heads, size, page, length = 4, 6, 2, 8, 16, 96
+    pages = length // page
+    keys, values = (torch.randn(rows, length, kv_heads, size) for _ in range(2))
+    tables = torch.randperm(30)[: pages * rows].view(rows, pages)
+    positions = torch.tensor([0, 5, 90, 31])
+    stores = [torch.full((30, page, kv_heads, size), torch.nan) for _ in range(2)]
     for store, given in zip(stores, (keys, values), strict=True):
-        store[tables.flatten()] = given.view(2 * rows, page, kv_heads, size)
-    cos, sin = torch.randn(2, 40, size // 2)
+        store[tables.flatten()] = given.view(pages * rows, page, kv_heads, size)
+    cos, sin = torch.randn(2, length, size // 2)
     slots = tables[torch.arange(rows), positions // page] * page + positions % page
     slots[3] = -1  # writes nothing
     qkv = torch.randn(rows, heads + 2 * kv_heads, size)
     rotated = apply_rope(qkv[:, : heads + kv_heads], cos[positions], sin[positions])
-    for row in range(3):
-        keys[row, positions[row]], values[row, positions[row]] = rotated[row, heads:], qkv[row, heads + kv_heads :]
-    q, out = torch.empty(2, rows, heads, size, device=DEVICE)
+    own = torch.arange(rows), positions
+    for store in stores:  # the own token is not there yet
+        store.view(-1, kv_heads, size)[slots[:3]] = torch.nan
+    keys[own], values[own] = rotated[:, heads:], qkv[:, heads + kv_heads :]
+    out, scratch = torch.empty(rows, heads, size, device=DEVICE), Splits.make(rows, heads, size, DEVICE)
     on = [t.to(DEVICE) for t in (qkv, cos, sin, positions, slots)]
     k, v = (s.to(DEVICE) for s in stores)
-    rotate_and_write(*on, q, k, v)
-    torch.testing.assert_close(q.cpu(), rotated[:, :heads])
-    paged_attention(q, k, v, tables.to(DEVICE), positions.to(DEVICE), out, size**-0.5)
-    for row, position in enumerate(positions.tolist()):
-        k1, v1 = (t[row, : position + 1].repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
-        weight = torch.softmax(torch.einsum("hd,thd->ht", rotated[row, :heads], k1) * size**-0.5, dim=1)
-        torch.testing.assert_close(out[row].cpu(), torch.einsum("ht,thd->hd", weight, v1), rtol=1e-4, atol=1e-5)
+    for _ in range(2):  # the second time, what arrived must be as it was
+        attend(*on, k, v, tables.to(DEVICE), scratch, out, size**-0.5)
+        for row, position in enumerate(positions.tolist()):
+            k1, v1 = (t[row, : position + 1].repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+            weight = torch.softmax(torch.einsum("hd,thd->ht", rotated[row, :heads], k1) * size**-0.5, dim=1)
+            torch.testing.assert_close(out[row].cpu(), torch.einsum("ht,thd->hd", weight, v1), rtol=1e-4, atol=1e-5)
+    for store, there, fresh in zip(stores, (k, v), (keys, values), strict=True):
+        store.view(-1, kv_heads, size)[slots[:3]] = fresh[own][:3]
+        torch.testing.assert_close(there.cpu(), store, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_copies_of_records() -> None:

@@ -11,7 +11,8 @@ from runtime.gpu_home import GpuHome
 
 pytest.importorskip("triton")
 
-from runtime.gpu_slots import GpuSlots
+from runtime.gpu_slots import FAVOUR, GpuSlots
+from runtime.kernels.triton_neurons import SWAPPED
 
 pytestmark = pytest.mark.gpu
 
@@ -59,5 +60,35 @@ def test_what_is_wanted_moves_in_and_what_is_pinned_stays() -> None:
     for _ in range(slots.interval):
         slots.stepped()
     assert resident(slots) == [[0, 1, 6, 9], [0, 1, 11]]
-    assert slots.swapped == 3 and not slots.used.any()
+    assert int(slots.counters[SWAPPED]) == 3 and not slots.used.any()
     assert_slots_hold_their_records(slots)
+
+
+def test_who_has_a_slot_is_favoured() -> None:
+    frequency = np.full((LAYERS, NEURONS), 1.0, np.float32)
+    slots = GpuSlots(home_of(2), (4, 0), frequency, (0, 0), DEVICE)
+    for gain, inside in ((0.9, [0, 1, 2, 3]), (1.2, [1, 2, 3, 7])):
+        slots._score.fill_(100.0)
+        slots._score[0, 0] = 99.0
+        slots._score[0, 7] = 99.0 * (1 + (FAVOUR - 1) * gain)
+        slots.rerank()
+        assert resident(slots) == [inside, []]
+    slots._score[0] = 0.0  # of equals the first
+    slots._score[0, :3] = 5.0
+    slots.rerank()
+    assert resident(slots)[0][:3] == [0, 1, 2] and len(resident(slots)[0]) == 4
+    assert_slots_hold_their_records(slots)
+
+
+def test_random_scores_rank_as_sorting_does() -> None:
+    rng = np.random.default_rng(3)
+    slots = GpuSlots(home_of(3), (5, 12), rng.random((LAYERS, NEURONS), np.float32), (1, 0), DEVICE)
+    for _ in range(4):
+        slots.used[:] = torch.from_numpy(rng.integers(0, 9, (LAYERS, NEURONS), np.int32))
+        before = slots.table.cpu() >= 0
+        score = slots._score.cpu() * 0.98**slots.interval + slots.used.cpu()
+        slots.rerank()
+        order = torch.argsort(torch.where(before, score * FAVOUR, score), dim=1, descending=True, stable=True)
+        assert resident(slots) == [sorted(order[0, :5].tolist()), list(range(12))]
+        torch.testing.assert_close(slots._score.cpu(), score)
+        assert_slots_hold_their_records(slots)

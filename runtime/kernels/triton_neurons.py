@@ -18,10 +18,14 @@ import triton.language as tl
 
 from cache.bundle import BundleDtype, BundleLayout
 from runtime.kernels.triton_act import ACTS, activated
+from runtime.kernels.triton_launch import after_others, chained
 
-LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, NUM_COUNTERS = *range(6), 8
-_DOWN_PROGRAMS, _FACTOR_PROGRAMS = 264, 1056  # two and eight a processor of an H100; each sums its share apart
-_LISTED = 1024  # neurons of a program that lists
+LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
+SUMS = 128  # programs that sum a tile of the output, each its share of the neurons apart
+_FACTOR_PROGRAMS = 1056  # eight a processor of an H100
+_LISTED, _PAST = 1024, 32768  # neurons of a program that lists, and of those before that it counts at once
+_FETCHED = 16384  # weights of records that a program has under way, at most
+_TILES = (1024, 512, 256)  # of a vector at once
 _TYPES = {
     BundleDtype.BF16: tl.bfloat16,
     BundleDtype.FP16: tl.float16,
@@ -66,16 +70,17 @@ class Scratch:
 
 def programs(device: torch.device) -> int:
     """P: few where they are interpreted one after the other."""
-    return _DOWN_PROGRAMS if device.type == "cuda" else 3
+    return SUMS if device.type == "cuda" else 3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list(  # type: ignore[no-untyped-def]
     mask, live, table, used, ids, places, count, counters, slab, home, stride, NUM: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, MASKED: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Each program writes ids and addresses of its block behind those of the blocks before, which it counts itself."""
     block = tl.program_id(0)
+    after_others(CHAINED)
     before, predicted = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
     at = block * 0
     while at < block * BLOCK:
@@ -83,16 +88,14 @@ def _list(  # type: ignore[no-untyped-def]
         taken = tl.zeros([PAST], tl.int32)
         for row in tl.static_range(B):
             there = (place < block * BLOCK) & (tl.load(live + row) != 0)
-            taken |= (
-                tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32) if MASKED else there.to(tl.int32)
-            )
+            taken |= tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32)
         before += tl.sum(taken)
         at += PAST
     place = block * BLOCK + tl.arange(0, BLOCK)
     taken = tl.zeros([BLOCK], tl.int32)
     for row in tl.static_range(B):
         there = (place < NUM) & (tl.load(live + row) != 0)
-        own = tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32) if MASKED else there.to(tl.int32)
+        own = tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32)
         taken |= own
         predicted += tl.sum(own).to(tl.int64)
     k = before + tl.cumsum(taken, 0) - taken
@@ -110,50 +113,72 @@ def _list(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dots(x, record, there, row, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [B, D] times the vectors that lie `at` words behind their records' addresses [N], fp32 [N, B]."""
-    total = tl.zeros([record.shape[0], row.shape[0]], tl.float32)
-    pointer = tl.multiple_of(record, ALIGN)
-    for start in range(0, D, W):
-        column = start + tl.arange(0, W)
-        inside = column < D
-        xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
-        both = there[:, None] & inside[None, :]
-        weight = tl.load(pointer[:, None] + at + column[None, :], mask=both, other=0).to(tl.float32)
-        total += tl.sum(weight[:, None, :] * xs[None, :, :], 2)
-    return total
+def _fetched(record, there, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The vectors that lie `at` words behind their records' addresses [N], [N, W] at a time, all under way at once."""
+    pointer, tiles = tl.multiple_of(record, ALIGN), ()
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        both = there[:, None] & (column < D)[None, :]
+        tiles += (tl.load(pointer[:, None] + at + column[None, :], mask=both, other=0),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dots(  # type: ignore[no-untyped-def]
+    tiles, x, row, D: tl.constexpr, N: tl.constexpr, B: tl.constexpr, W: tl.constexpr, T: tl.constexpr
+):
+    """x [B, D] times the vectors, fp32 [N, B]."""
+    sums = tl.zeros([N, B, W], tl.float32)
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        xs = tl.load(x + row[:, None] * D + column[None, :], mask=(column < D)[None, :], other=0.0)
+        sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
+    return tl.sum(sums, 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _factors(  # type: ignore[no-untyped-def]
-    x, ids, places, count, mask, live, active_at, h, counters, NUM: tl.constexpr,
+    x, ids, places, count, mask, live, table, active_at, h, counters, slab, home, stride, NUM: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-    TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr,
+    T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, LISTED: tl.constexpr,
+    COUNTED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """h[row, k] = act(up . x), or act(gate . x) * (up . x), of the k-th listed neuron; 0 where the row wants it not."""
+    """h[row, k] = act(up . x), or act(gate . x) * (up . x), of the k-th listed neuron; 0 where the row wants it not.
+    Without a list it is the k-th neuron, whose address is kept for `_down`."""
     row = tl.arange(0, B)
+    after_others(CHAINED)
     alive = tl.load(live + row) != 0
-    total, active = tl.load(count), tl.zeros([], tl.int64)
+    active, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    total = tl.load(count) if LISTED else NUM * tl.max(alive.to(tl.int32), 0)
     first = tl.program_id(0) * N
     while first < total:
         k = first + tl.arange(0, N)
         there = k < total
-        neuron = tl.load(ids + k, mask=there, other=0)
-        place = tl.load(places + k, mask=there, other=0)
+        if LISTED:
+            neuron = tl.load(ids + k, mask=there, other=0)
+            place = tl.load(places + k, mask=there, other=0)
+        else:
+            neuron, slot = k, tl.load(table + k, mask=there, other=-1)
+            place = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + k.to(tl.int64) * stride)
+            tl.store(places + k, place, mask=there)
+            hits += tl.sum(((slot >= 0) & there).to(tl.int64), 0)
         record = place.to(tl.pointer_type(TYPE))
-        up = _dots(x, record, there, row, UP_AT, D, W, ALIGN)
+        tiles = _fetched(record, there, UP_AT, D, W, T, ALIGN)
+        if GATED:
+            gate_tiles = _fetched(record, there, GATE_AT, D, W, T, ALIGN)
+        up = _dots(tiles, x, row, D, N, B, W, T)
         if SCALED:
             up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = up
         if GATED:
-            z = _dots(x, record, there, row, GATE_AT, D, W, ALIGN)
+            z = _dots(gate_tiles, x, row, D, N, B, W, T)
             if SCALED:
                 z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = activated(z, ACT)
         value = tl.where(z == 0, 0.0, z * up) if GATED else z
         own = there[:, None] & alive[None, :]
-        if MASKED:
+        if LISTED:
             own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
         value = tl.where(own, value, 0.0)
         tl.store(h + row[None, :] * NUM + k[:, None], value, mask=there[:, None])
@@ -164,18 +189,24 @@ def _factors(  # type: ignore[no-untyped-def]
         first += tl.num_programs(0) * N
     if COUNTED:
         tl.atomic_add(counters + 4, active)
+    if not LISTED:
+        tl.atomic_add(counters + 1, hits)
+        if tl.program_id(0) == 0:
+            tl.atomic_add(counters + 0, total.to(tl.int64))
+            tl.store(count, total)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down(  # type: ignore[no-untyped-def]
     h, places, count, partial, counters, slab, slab_end, NUM: tl.constexpr,
     DOWN_AT: tl.constexpr, DOWN_SCALE: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-    TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr,
+    TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """partial[program, row, tile of D] = sum over the program's share of the list, factors of zero left out."""
     program = tl.program_id(0)
     column = tl.program_id(1) * W + tl.arange(0, W)
     row = tl.arange(0, B)
+    after_others(CHAINED)
     total = tl.load(count)
     misses, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     out = tl.zeros([B, W], tl.float32)
@@ -184,15 +215,15 @@ def _down(  # type: ignore[no-untyped-def]
         k = first + tl.arange(0, N)
         factor = tl.load(h + row[:, None] * NUM + k[None, :], mask=(k < total)[None, :], other=0.0)  # [B, N]
         wanted = tl.max((factor != 0).to(tl.int32), 0) != 0
-        place = tl.load(places + k, mask=wanted, other=0)
+        place = tl.load(places + k, mask=k < total, other=0)
         resident = wanted & (place >= slab) & (place < slab_end)
         hits += tl.sum(resident.to(tl.int64), 0)
         misses += tl.sum((wanted & (resident == 0)).to(tl.int64), 0)
-        if SCALED:
-            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[None, :]
         record = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN)
         inside = wanted[:, None] & (column < D)[None, :]
         vector = tl.load(record[:, None] + DOWN_AT + column[None, :], mask=inside, other=0).to(tl.float32)  # [N, W]
+        if SCALED:
+            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[None, :]
         out += tl.sum(factor[:, :, None] * vector[None, :, :], 1)
         first += tl.num_programs(0) * N
     tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=(column < D)[None, :])
@@ -202,16 +233,14 @@ def _down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out [B D] += the sum of partial [P, B D] over programs, in one order."""
-    place = tl.program_id(0) * W + tl.arange(0, W)
+def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [B D] += the sum of partial [P, B D] over programs, in one order; N at least P."""
+    place, program = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, N)
     inside = place < size
-    total = tl.zeros([N, W], tl.float32)
-    for first in range(0, P, N):
-        program = first + tl.arange(0, N)
-        both = (program < P)[:, None] & inside[None, :]
-        total += tl.load(partial + program[:, None] * size + place[None, :], mask=both, other=0.0)
-    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + tl.sum(total, 0), mask=inside)
+    both = (program < P)[:, None] & inside[None, :]
+    after_others(CHAINED)
+    parts = tl.load(partial + program[:, None] * size + place[None, :], mask=both, other=0.0)
+    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + tl.sum(parts, 0), mask=inside)
 
 
 def add_ffn(
@@ -226,11 +255,11 @@ def add_ffn(
     counters: torch.Tensor,
     live: torch.Tensor,
 ) -> None:
-    """out [B, D] += FFN(x), x fp32 [B, D], over the neurons of mask uint8 [B, F] (None: all), row by row.
+    """out [B, D] += FFN(x), x fp32 [B, D], over the neurons of mask uint8 [B, F], row by row; None: all, and no list.
 
     B is a power of two; a row whose `live` int64 [B] is zero is padding and wants nothing. active_at fp32 [F]: what a
     factor must reach to be counted as active; None: it is not counted. used int32 [F] counts the steps that wanted a
-    neuron, counters int64 [NUM_COUNTERS] neurons. ValueError for an activation that is not known.
+    neuron of a mask, counters int64 [NUM_COUNTERS] neurons. ValueError for an activation that is not known.
     """
     if act not in ACTS:
         raise ValueError(f"unknown activation {act}")
@@ -242,22 +271,42 @@ def add_ffn(
     kind["ALIGN"] = math.gcd(stride, *(v.offset for v in layout.vectors), 16)
     home, slab = records.home.data_ptr(), records.slab.data_ptr()
     masks = used if mask is None else mask
-    _list[(triton.cdiv(num, _LISTED),)](
-        masks, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home, stride,
-        NUM=num, B=rows, BLOCK=_LISTED, PAST=8192, MASKED=mask is not None, num_warps=8,
-    )  # fmt: skip
-    wide = min(1024, triton.next_power_of_2(hidden))
-    together = 4 if rows == 1 else 2 if rows <= 4 else 1  # neurons whose loads are under way at once
+    if mask is not None:
+        past = min(_PAST, triton.next_power_of_2(num))
+        _list[(triton.cdiv(num, _LISTED),)](
+            mask, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home, stride,
+            NUM=num, B=rows, BLOCK=_LISTED, PAST=past, num_warps=8, **chained(x),
+        )  # fmt: skip
+    wide = _tile(hidden, rows)
+    together = _under_way(hidden * (2 if layout.gated else 1) * rows)
     _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
-        x, scratch.ids, scratch.places, scratch.count, masks, live, scratch.h if active_at is None else active_at,
-        scratch.h, counters, NUM=num, GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0),
-        UP_SCALE=scale["up"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=together, W=wide,
-        MASKED=mask is not None, COUNTED=active_at is not None, **kind,
+        x, scratch.ids, scratch.places, scratch.count, masks, live, records.table,
+        scratch.h if active_at is None else active_at, scratch.h, counters, slab, home, stride, NUM=num,
+        GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
+        GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=together, W=wide, T=triton.cdiv(hidden, wide),
+        LISTED=mask is not None, COUNTED=active_at is not None, **kind, **chained(x),
     )  # fmt: skip
-    wide = min(1024 if rows <= 4 else 512, wide)
+    wide = min(512, wide)
     num_programs, size = programs(x.device), rows * hidden
     _down[(num_programs, triton.cdiv(hidden, wide))](
         scratch.h, scratch.places, scratch.count, scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num,
-        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=together, W=wide, **kind,
+        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=max(1, 16 // rows), W=wide, **kind,
+        **chained(x),
     )  # fmt: skip
-    _reduce[(triton.cdiv(size, 32),)](scratch.partial, out, size, P=num_programs, N=64, W=32)
+    _reduce[(triton.cdiv(size, 32),)](
+        scratch.partial, out, size, P=num_programs, N=triton.next_power_of_2(num_programs), W=32, **chained(x)
+    )
+
+
+def _tile(hidden: int, rows: int) -> int:
+    """Of a vector at once: what leaves the least over; no more than 512 beside many rows."""
+    sizes = [w for w in _TILES if w <= 512 or rows <= 4]
+    return min(sizes, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
+
+
+def _under_way(numbers: int) -> int:
+    """Neurons whose loads are under way at once, a power of two; numbers: weights of one, times rows."""
+    together = 4
+    while together > 1 and together * numbers > _FETCHED:
+        together //= 2
+    return together

@@ -1,0 +1,39 @@
+"""Kernels that begin while the one before them ends: programmatic dependent launch, where the GPU has it (9.0 and up).
+
+A kernel that is launched so waits, once it has fetched what nobody writes, for all that came before it. Every kernel of
+a step does so right at its start, so that a kernel may rely on all before it, not only on the last one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_CAPABILITY = 9
+ASSUMED = False  # a GPU that has it, though tensors are elsewhere: for compiling without one
+OFF = False  # one kernel after the other: for telling their times apart
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def after_others(CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What kernels before this one wrote may be read from here on; the next one may come and wait."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def chained(x: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of a launch on the device of x."""
+    if not OFF and (ASSUMED or (x.is_cuda and _has(x.device))):
+        return {"CHAINED": True, "launch_pdl": True}
+    return {"CHAINED": False}
+
+
+@cache
+def _has(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= _CAPABILITY

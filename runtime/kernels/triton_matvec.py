@@ -1,0 +1,89 @@
+"""Few rows times a matrix that is read once: a decode step's projections, with the norm before and the sum behind.
+
+A program's part of the matrix is under way before the kernels in front of it are done. Shapes: B rows (a power of two,
+at most MOST_ROWS), M outputs, D inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.kernels.triton_launch import after_others, chained
+
+MOST_ROWS = 4  # more are faster as a matrix product
+_TILES = (1024, 512, 256)  # inputs at once
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _matvec(  # type: ignore[no-untyped-def]
+    x, norm, weight, bias, out, num, eps, D: tl.constexpr, B: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    ids, row = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, B)
+    there = ids < num
+    base = weight + ids.to(tl.int64)[:, None] * D
+    tiles = ()
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        tiles += (tl.load(base + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0),)  # type: ignore[assignment]
+    after_others(CHAINED)
+    sums, square = tl.zeros([N, B, W], tl.float32), tl.zeros([B, W], tl.float32)
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        inside = column < D
+        xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        if NORMED:
+            square += xs * xs
+            xs *= tl.load(norm + column, mask=inside, other=0.0)[None, :]
+        sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
+    total = tl.sum(sums, 2)  # [N, B]
+    if NORMED:
+        total *= tl.rsqrt(tl.sum(square, 1) / D + eps)[None, :]
+    if BIASED:
+        total += tl.load(bias + ids, mask=there, other=0.0)[:, None]
+    at = out + row[None, :] * num + ids[:, None]
+    if ADDED:
+        total += tl.load(at, mask=there[:, None], other=0.0)
+    tl.store(at, total, mask=there[:, None])
+
+
+def matvec(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    bias: torch.Tensor | None = None,
+    added: bool = False,
+) -> None:
+    """out fp32 [B, M] = x [B, D] times weight [M, D] transposed, plus bias fp32 [M], plus what out holds when `added`.
+
+    norm fp32 [D]: of an RMS norm that x passes through first. Nothing is rounded between: sums are fp32.
+    """
+    (num, hidden), rows = weight.shape, x.shape[0]
+    wide = min(_TILES, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
+    together = max(1, 4 // rows)
+    _matvec[(triton.cdiv(num, together),)](
+        x, x if norm is None else norm, weight, x if bias is None else bias, out, num, eps, D=hidden, B=rows,
+        N=together, W=wide, T=triton.cdiv(hidden, wide), NORMED=norm is not None, BIASED=bias is not None, ADDED=added,
+        **chained(x),
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm(x, weight, out, eps, D: tl.constexpr, W: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    after_others(CHAINED)
+    column = tl.arange(0, W)
+    inside, row = column < D, tl.program_id(0) * D
+    xs = tl.load(x + row + column, mask=inside, other=0.0)
+    scale = tl.rsqrt(tl.sum(xs * xs, 0) / D + eps)
+    tl.store(out + row + column, xs * scale * tl.load(weight + column, mask=inside, other=0.0), mask=inside)
+
+
+def norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """out = x / rms(x) * weight, row by row; x, out fp32 [B, D], weight fp32 [D]."""
+    rows, hidden = x.shape
+    wide = triton.next_power_of_2(hidden)
+    _norm[(rows,)](x, weight, out, eps, D=hidden, W=wide, num_warps=8, **chained(x))
