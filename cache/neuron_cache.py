@@ -116,11 +116,11 @@ class _Pending:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """The first chunk of a layer whose stream has not been asked for yet."""
+    """The first chunks, one or two, of a layer whose stream has not been asked for yet."""
 
     layer: int
-    half: int  # of staging
-    pending: _Pending
+    half: int  # of staging, where the first lies; the other is for the second
+    pending: tuple[_Pending, ...]
 
 
 class NeuronCache:
@@ -322,7 +322,7 @@ class NeuronCache:
     def stream(self, layer: int, following: int | None = None) -> Generator[Chunk, None, None]:
         """The whole layer in chunks of ascending ids; the next chunk is read while the caller computes with this one.
 
-        following: the layer that will be streamed next, if that is known; its first chunk is then read meanwhile too.
+        following: the layer that will be streamed next, if that is known; its first two chunks are then read ahead.
         A chunk is valid until the next one is asked for. Chunks depend on the staging size only, never on what is
         resident, so that sums over them do not either. Slots are used, not changed. Close the generator to stop early.
         Raises ReadError.
@@ -338,22 +338,33 @@ class NeuronCache:
             return
         self._leases += 1
         bounds = self._chunk_bounds()
-        half = 0 if begun is None else begun.half
-        under_way = deque([self._submit_chunk(layer, *bounds[0], half) if begun is None else begun.pending])
+        first = 0 if begun is None else begun.half
+        under_way = deque([self._submit_chunk(layer, *bounds[0], first)] if begun is None else begun.pending)
         try:
             for i in range(len(bounds)):
-                half = 1 - half  # what was computed with last lies there: done with
-                if i + 1 < len(bounds):
-                    under_way.append(self._submit_chunk(layer, *bounds[i + 1], half))
-                elif following is not None:
-                    self._begin_stream(following, half)
+                if i + 1 < len(bounds) and len(under_way) < 2:  # where it goes was computed with: done with
+                    under_way.append(self._submit_chunk(layer, *bounds[i + 1], (first + i + 1) % 2))
                 current = under_way.popleft()
                 self._finish_chunk(layer, current)
+                if i + 1 == len(bounds) and following is not None:  # not before: the disk would give to both
+                    self._begin_stream(following, (first + i + 1) % 2)
                 yield current.chunk
+            self._begin_second()
         finally:
             self._leases -= 1
             for left in under_way:  # closed early: the buffer must come to rest
                 self._abandon(left)
+
+    def foresee(self, layer: int) -> None:
+        """Starts reading the first chunks of a layer that will probably be streamed next, as `following` does.
+
+        A hint: whoever asks for something else waits until they have come, and they are counted as wasted.
+        """
+        self._one_user()
+        self._take_ahead(-1)
+        self._take_begun(-1)
+        self._begin_stream(layer, 0)
+        self._begin_second()
 
     def pin(self, layer: int, ids: np.ndarray) -> None:
         """These neurons never leave the slots that `warm` gives them. At most as many as the layer has slots."""
@@ -598,9 +609,15 @@ class NeuronCache:
 
     def _begin_stream(self, layer: int, half: int) -> None:
         """Starts reading the first chunk of a layer into a half of staging that nobody uses."""
-        if self._in_order(layer):
-            return
-        self._begun = _Begun(layer, half, self._submit_chunk(layer, *self._chunk_bounds()[0], half))
+        if not self._in_order(layer):
+            self._begun = _Begun(layer, half, (self._submit_chunk(layer, *self._chunk_bounds()[0], half),))
+
+    def _begin_second(self) -> None:
+        """Starts reading the second chunk of a layer that was begun, now that nobody uses the other half either."""
+        begun, bounds = self._begun, self._chunk_bounds()
+        if begun is not None and len(bounds) > 1:
+            second = self._submit_chunk(begun.layer, *bounds[1], 1 - begun.half)
+            self._begun = _Begun(begun.layer, begun.half, (*begun.pending, second))
 
     def _take_begun(self, layer: int) -> _Begun | None:
         """The begun stream of `layer`, taken over by the caller; another layer's is waited for and dropped."""
@@ -609,10 +626,11 @@ class NeuronCache:
             return None
         if begun.layer == layer:
             return begun
-        num_read = int(np.count_nonzero(~begun.pending.resident))
-        self._counts.ahead_issued += num_read  # what was foreseen and came is no speculation
-        self._counts.ahead_wasted += num_read
-        self._abandon(begun.pending)
+        for pending in begun.pending:
+            num_read = int(np.count_nonzero(~pending.resident))
+            self._counts.ahead_issued += num_read  # what was foreseen and came is no speculation
+            self._counts.ahead_wasted += num_read
+            self._abandon(pending)
         return None
 
     def _abandon(self, pending: _Pending) -> None:

@@ -22,6 +22,7 @@ from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
 from runtime.predictor import Predictor
 from runtime.read_cost import prefer_stream
+from runtime.streak import Streak
 
 _WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
@@ -82,6 +83,7 @@ class OffloadedFFN:
         self._adds_in_order = kernels.name != "reference"  # neuron by neuron, so that a sum may be made in pieces
         self._active_at = active_at
         self._auditor = auditor
+        self._streak = Streak(cache.file.num_layers)
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
         self._active = self._predicted = self._rows = self._overflow = self._switched = 0
 
@@ -101,11 +103,10 @@ class OffloadedFFN:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
                 self._steps[kind] += 1
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
-        if len(parts) == 1 and kinds[0] == "decode" and parts[0].mask is not None:
-            ids = np.flatnonzero(parts[0].mask.any(axis=0)).astype(np.int32)
-            if self._reads_apart(layer, ids) and self._sparse(layer, parts[0], ids):
-                return [parts[0].out]
-        self._streamed(layer, parts, self._streamed_next(layer, kinds))
+        following = self._streamed_next(layer, kinds)
+        if not (len(parts) == 1 and kinds[0] == "decode" and self._sparse(layer, parts[0], following)):
+            self._streamed(layer, parts, following)
+        self._streak.left(layer)
         return [part.out for part in parts]
 
     def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
@@ -146,33 +147,47 @@ class OffloadedFFN:
         self._rows += x.shape[0]
         return mask
 
+    def _sparse(self, layer: int, part: _Part, following: int | None) -> bool:
+        """Reads the union of the rows' sets apart, where that is quicker and fits staging; False where it is not done.
+
+        Begins to read `following`, the layer that is likely to be streamed next.
+        """
+        if part.mask is None:
+            return False
+        ids = np.flatnonzero(part.mask.any(axis=0)).astype(np.int32)
+        if not self._reads_apart(layer, ids) or not self._read_apart(layer, part, part.mask, ids):
+            return False
+        if following is not None:
+            self._cache.foresee(following)
+        return True
+
     def _reads_apart(self, layer: int, ids: np.ndarray) -> bool:
         """Whether reading the absent of `ids` record by record is quicker than the whole layer; counts where not."""
-        if not self._prefers_whole(layer, ids):
-            return True
-        self._switched += 1
-        return False
+        self._streak.asked(layer)
+        whole = self._prefers_whole(layer, ids)
+        self._streak.streamed[layer] = whole
+        self._switched += whole
+        return not whole
 
     def _prefers_whole(self, layer: int, ids: np.ndarray) -> bool:
         if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
             return False
         apart, whole = self._cache.volumes(layer, ids)
-        return prefer_stream(apart, whole, self._cache.file.layer_bytes, self._cache.read_cost)
+        cost, ahead_s = self._cache.read_cost, self._streak.between_s
+        return prefer_stream(apart, whole, self._cache.file.layer_bytes, cost, ahead_s)
 
-    def _sparse(self, layer: int, part: _Part, ids: np.ndarray) -> bool:
+    def _read_apart(self, layer: int, part: _Part, mask: np.ndarray, ids: np.ndarray) -> bool:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
-        if part.mask is None:
-            raise RuntimeError("rows without a mask want all neurons")
         lease = self._cache.begin(layer, ids)
         if lease is None:
             self._overflow += 1
             return False
-        mask = None if part.x.shape[0] == 1 else part.mask[:, ids]
+        own = None if part.x.shape[0] == 1 else mask[:, ids]
         with lease:
             done = 0
             for there in chain((lease.num_ready,), self._cache.arrivals(lease)):  # while the others are read
                 if there == ids.size or (self._adds_in_order and there - done >= _WORTH_A_CALL):
-                    self._run_some(layer, part, lease, mask, slice(done, there))
+                    self._run_some(layer, part, lease, own, slice(done, there))
                     done = there
         return True
 
@@ -200,10 +215,13 @@ class OffloadedFFN:
             self._active += num
 
     def _streamed_next(self, layer: int, kinds: Sequence[BatchKind]) -> int | None:
-        """The layer that is sure to be streamed after this one: prompts want all of all layers, dense does always."""
+        """The layer after this one where it will be streamed: for prompts and in company; else if it was last time."""
+        following = (layer + 1) % self._cache.file.num_layers
         if self._predictor is None:
-            return (layer + 1) % self._cache.file.num_layers
-        return layer + 1 if "prefill" in kinds and layer + 1 < self._cache.file.num_layers else None
+            return following
+        if len(kinds) > 1 or kinds[0] != "decode":
+            return following or None  # what comes after this step is not known
+        return following if self._streak.streamed[following] else None
 
     def _streamed(self, layer: int, parts: Sequence[_Part], following: int | None) -> None:
         """Adds the whole layer, in chunks that are read once for all parts, to each part's `out`."""

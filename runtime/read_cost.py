@@ -17,14 +17,15 @@ _HANDLING_BYTE_S = 0.2e-9  # seconds of checking or copying a byte, however it c
 _STAGING = 1 << 62  # bytes: nothing is refused here
 
 
-def prefer_stream(apart: ReadVolume, whole: ReadVolume, layer_bytes: int, cost: ReadCost) -> bool:
+def prefer_stream(apart: ReadVolume, whole: ReadVolume, layer_bytes: int, cost: ReadCost, ahead_s: float = 0.0) -> bool:
     """Whether streaming a layer and masking it is quicker than reading the misses of a union of active sets.
 
-    apart: reads of the misses; whole: reads of all that is absent. Streaming handles the bytes of the whole layer, the
-    resident ones too. Its computing hides behind its reads; how much cannot be told, so that it is left out.
+    apart: reads of the misses; whole: reads of all that is absent, which go on for `ahead_s` seconds before the set is
+    known: a layer that is streamed step by step is begun while the one before and attention are computed. Streaming
+    handles the bytes of the whole layer, the resident ones too. Computing hides behind reads in both, and is left out.
     """
     apart_s = cost.seconds(apart.num_requests, apart.num_bytes) + apart.num_bytes * _HANDLING_BYTE_S
-    whole_s = cost.seconds(whole.num_requests, whole.num_bytes) + layer_bytes * _HANDLING_BYTE_S
+    whole_s = max(0.0, cost.seconds(whole.num_requests, whole.num_bytes) - ahead_s) + layer_bytes * _HANDLING_BYTE_S
     return apart.num_requests > 0 and whole_s < apart_s
 
 
