@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from cache.errors import ColdstreamError
 from runtime.plan import FfnCache
+from server.config import distribution_version
 from server.contract_table import show_contract
 from server.load_bar import LoadBar
 from server.plan_table import forecast_line, plan_table
@@ -80,6 +81,21 @@ app = typer.Typer(
 def main() -> None:
     """The entry point of the command `coldstream`."""
     app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"coldstream {distribution_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version, and end", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options of `coldstream` itself, before a command."""
 
 
 _SIZES = {"max_body": "16MiB"}  # defaults as people write them

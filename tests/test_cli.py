@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.config import distribution_version
 from server.settings import (
     Settings,
     SettingsError,
@@ -73,6 +75,12 @@ def test_help_lists_the_flags(command: str) -> None:
     assert result.exit_code == 0
     shown = set(result.output.split())
     assert set(COMMANDS[command]) <= shown
+
+
+def test_version_is_that_of_the_distribution_and_needs_no_command() -> None:
+    found = coldstream("--version")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == f"coldstream {distribution_version()}\n" and re.search(r"\d+\.\d+", found.stdout)
 
 
 def test_help_does_not_import_torch() -> None:
