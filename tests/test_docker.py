@@ -45,14 +45,9 @@ def test_expressions_ask_for_what_is_exposed(expression: Expression) -> None:
     assert not grouped or shown <= grouped
 
 
-def test_the_dashboard_covers_what_operators_ask_for() -> None:
+def test_every_metric_has_a_panel() -> None:
     asked = " ".join(expression.text for expression in dashboard_expressions(DASHBOARD))
-    for name in (
-        *("neuron_cache_hits", "neuron_cache_capacity_bytes", "transfer_bytes", "stall_seconds", "read_size_bytes"),
-        *("time_to_first_token_seconds", "inter_token_latency_seconds", "num_requests_waiting"),
-        *("audit_ffn_relative_error", "memory_budget_bytes"),
-    ):
-        assert f"coldstream_{name}" in asked
+    assert [name for name in FAMILIES if f"coldstream_{name}" not in asked] == []
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in DASHBOARD["panels"]]
     assert len(set(places)) == len(places) == len({p["id"] for p in DASHBOARD["panels"]})
 
