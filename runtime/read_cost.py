@@ -13,7 +13,8 @@ from cache.bundle import BundleLayout
 from cache.device_curve import ReadCost
 from cache.reader import ReadVolume, plan_reads
 
-_HANDLING_BYTE_S = 0.2e-9  # seconds of checking or copying a byte, however it came: 5 GB/s, assumed
+_HANDLING_BYTE_S = 0.05e-9  # seconds of checking or copying a byte, however it came: 20 GB/s (benchmarks/LOG.md)
+_WORTH_IT = 0.85  # of the time: bytes that nobody needs keep others from the disk, and costs are known to a tenth or so
 _STAGING = 1 << 62  # bytes: nothing is refused here
 
 
@@ -26,7 +27,7 @@ def prefer_stream(apart: ReadVolume, whole: ReadVolume, layer_bytes: int, cost: 
     """
     apart_s = cost.seconds(apart.num_requests, apart.num_bytes) + apart.num_bytes * _HANDLING_BYTE_S
     whole_s = max(0.0, cost.seconds(whole.num_requests, whole.num_bytes) - ahead_s) + layer_bytes * _HANDLING_BYTE_S
-    return apart.num_requests > 0 and whole_s < apart_s
+    return apart.num_requests > 0 and whole_s < _WORTH_IT * apart_s
 
 
 def read_cost(
