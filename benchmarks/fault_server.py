@@ -1,10 +1,10 @@
 """`coldstream serve` to which faults can happen on demand, one a line on standard input. For soak.py: the product
 has no such door.
 
-    eio N     the next N reads fail as a broken device's do
-short N   the next N reads come back short, as of a file that has become shorter
-slow S    every wait for reads takes S seconds more; 0 ends that
-home      says on standard output where the neurons' file is
+    eio N     the next N reads fail as a broken device's do; 0 ends that
+    short N   the next N reads come back short, as of a file that has become shorter
+    slow S    every wait for reads takes S seconds more; 0 ends that
+    home      says on standard output where the neurons' file is
 """
 
 from __future__ import annotations

@@ -60,8 +60,10 @@ def serving(arguments: Sequence[str], module: str = "server.cli") -> Iterator[Se
 
 
 def _until_ready(served: Served) -> str:
+    """Its address. What the server says on the way goes to standard error: a model may be packed first, for minutes."""
     for line in served.process.stdout or ():
         served.said.append(line)
+        print(line, end="", file=sys.stderr, flush=True)
         if found := re.search(r"ready: (http://\S+) serves", line):
             return found[1]
     raise RuntimeError(
