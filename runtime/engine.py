@@ -35,7 +35,7 @@ from runtime.constraint import ConstraintCompiler
 from runtime.engine_stats import EngineSnapshot, EngineStats, FailureReason, MemoryLevels
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.pace import Pace
-from runtime.prefix_cache import PrefixCache
+from runtime.prefix_cache import Backing, PrefixCache
 from runtime.request import FinishReason, Request, RequestAccount, TokenEvent, TokenLogprob
 from runtime.sampler import Sampler, score_rows
 from runtime.scheduler import Account, PromptChunk, Scheduler, Sequence, Step, make_batches, projected_tokens
@@ -109,6 +109,7 @@ class Engine:
         memory: MemoryLevels | None = None,
         auditor: Auditor | None = None,
         constraints: ConstraintCompiler | None = None,
+        prefix_backing: Backing | None = None,
     ) -> None:
         if (kv.num_blocks, kv.block_size) != (config.kv_blocks, config.block_size):
             raise ValueError(
@@ -123,7 +124,8 @@ class Engine:
         self._constraints = constraints
         self._steps_since_audit = 0
         self._blocks = BlockManager(kv.num_blocks, kv.block_size)
-        self._prefix = PrefixCache(self._blocks, config.prefill_chunk) if config.prefix_cache else None
+        chunk = config.prefill_chunk
+        self._prefix = PrefixCache(self._blocks, chunk, prefix_backing) if config.prefix_cache else None
         self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.prefill_chunk, self._prefix)
         self._pace = Pace(config.prefill_chunk, config.prefill_rows)
         self._stats = EngineStats()
@@ -214,6 +216,7 @@ class Engine:
             prefix_cache_idle_bytes=self._blocks.num_idle * self.kv.block_bytes,
             prefix_cache_lookup_tokens=0 if self._prefix is None else self._prefix.lookup_tokens,
             prefix_cache_hit_tokens=0 if self._prefix is None else self._prefix.hit_tokens,
+            prefix_cache_restored_tokens=0 if self._prefix is None else self._prefix.restored_tokens,
             num_requests_running=running,
             num_requests_waiting=waiting,
             prompt_tokens=totals.prompt_tokens,

@@ -60,6 +60,7 @@ class EngineSnapshot(Subtractable):
     prefix_cache_idle_bytes: int  # kept in case that a prompt comes again, held by none
     prefix_cache_lookup_tokens: int  # of the prompts that were admitted
     prefix_cache_hit_tokens: int  # of those, what need not be computed
+    prefix_cache_restored_tokens: int  # of those, what came from disk
     num_requests_running: int
     num_requests_waiting: int
     prompt_tokens: int

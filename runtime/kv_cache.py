@@ -78,6 +78,21 @@ class KVCache:
         part = store[first : first + blocks.size] if contiguous else store[index.to(store.device)]
         return part.flatten(0, 1)[:num_tokens]
 
+    def read_blocks(self, blocks: np.ndarray) -> np.ndarray:
+        """Bytes of the keys and values of some blocks, all layers: a copy, uint8 [blocks.size * block_bytes]."""
+        index = torch.from_numpy(blocks.astype(np.int64)).to(self.keys.device)
+        both = torch.stack((self.keys[:, index], self.values[:, index]))  # [2, L, n, block_size, Hkv, d]
+        return both.cpu().view(torch.uint8).flatten().numpy()
+
+    def write_blocks(self, blocks: np.ndarray, content: np.ndarray) -> None:
+        """The inverse of `read_blocks`. ValueError for bytes of another number of blocks."""
+        if content.size != blocks.size * self.block_bytes:
+            raise ValueError(f"{content.size} bytes are not those of {blocks.size} blocks")
+        index = torch.from_numpy(blocks.astype(np.int64)).to(self.keys.device)
+        own = torch.from_numpy(content.copy()).view(self.dtype)
+        both = own.view(2, self.keys.shape[0], blocks.size, *self.keys.shape[2:]).to(self.keys.device)
+        self.keys[:, index], self.values[:, index] = both[0], both[1]
+
     def layer_arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """keys and values of one layer as numpy views [num_blocks, block_size, Hkv, d]: float32, or bf16 as uint16."""
         keys, values = self.keys[layer], self.values[layer]

@@ -26,7 +26,7 @@ from runtime.audit import Auditor
 from runtime.checkpoint import Checkpoint, FileFingerprint, ResidentFile, open_checkpoint
 from runtime.config import ModelConfig
 from runtime.constraint import ConstraintCompiler
-from runtime.engine import Engine, EngineConfig
+from runtime.engine import PREFILL_CHUNK, Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.forecast import Forecast, ReadTerms, forecast
 from runtime.gates import read_gates
@@ -39,10 +39,11 @@ from runtime.layers import load_layer
 from runtime.machine import measure_machine
 from runtime.model import LayerWeights, Model, ModelWeights, as_numpy
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
-from runtime.packed import BUNDLES, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
+from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
 from runtime.placement import share_slots
 from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
+from runtime.prefix_store import DEFAULT_BYTES, PrefixStore
 from runtime.row_file import RowFile
 from runtime.sparse import Sparse, sparse_setup
 from runtime.streamed_layers import StreamedLayers
@@ -76,6 +77,8 @@ class LoadOptions:
     max_queue: int = 64
     max_wait_s: float | None = None
     prefix_cache: bool = True
+    prefix_cache_dir: Path | None = None  # where the prefix cache outlasts the process; None: nowhere
+    prefix_cache_disk: int | None = None  # bytes that it may take there
     audit_rate: float = 0.0
     kernel: str = "auto"
     io_engine: str = "auto"
@@ -345,6 +348,7 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
         plan.memory_levels(),
         None,
         constraints,
+        _prefix_store(opened, parts.kv, options),
     )
     info = opened.info(sparse, parts.masks) | {
         "device": "cuda",
@@ -391,7 +395,14 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
-        decoder, kv, _engine_config(plan, options), cache.snapshot, plan.memory_levels(), auditor, constraints
+        decoder,
+        kv,
+        _engine_config(plan, options),
+        cache.snapshot,
+        plan.memory_levels(),
+        auditor,
+        constraints,
+        _prefix_store(opened, kv, options),
     )
     info = opened.info(sparse, predictor) | {
         "device": "cpu",
@@ -409,6 +420,16 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
         return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense)
 
     return Loaded(engine, decoder, cache, opened.tokenizer, plan, packed, info, expected)
+
+
+def _prefix_store(opened: _Opened, kv: KVCache, options: LoadOptions) -> PrefixStore | None:
+    """Keys and values depend on the tokens, on the packed model as its manifest tells it, and on who computes."""
+    if options.prefix_cache_dir is None:
+        return None
+    computed = (VERSION, PREFILL_CHUNK, kv.block_size, str(kv.dtype), str(kv.keys.device), opened.kernels.name)
+    what = (opened.packed.path / MANIFEST).read_bytes() + repr(computed).encode()
+    model = hashlib.sha256(what).hexdigest()[:24]
+    return PrefixStore(options.prefix_cache_dir, model, kv, options.prefix_cache_disk or DEFAULT_BYTES)
 
 
 def contract_info(packed: Packed, mode: str) -> dict[str, object]:
@@ -510,6 +531,10 @@ def _check_options(options: LoadOptions) -> None:
         raise ColdstreamError(f"lookahead {options.lookahead}: one of {', '.join(LOOKAHEADS)}")
     if not 0 <= options.audit_rate <= 1:
         raise ColdstreamError(f"--audit-rate {options.audit_rate:g}: a share between 0 and 1")
+    if options.prefix_cache_dir is not None and not options.prefix_cache:
+        raise ColdstreamError("--prefix-cache-dir has no meaning with --no-prefix-cache")
+    if options.prefix_cache_disk is not None and options.prefix_cache_dir is None:
+        raise ColdstreamError("--prefix-cache-disk has no meaning without --prefix-cache-dir")
     if options.cett is not None and options.mode not in ("auto", "sparse"):
         raise ColdstreamError(f"--cett has no meaning with --mode {options.mode}")
 

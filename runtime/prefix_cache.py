@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -29,18 +30,28 @@ def chunk_keys(token_ids: Sequence[int], chunk_tokens: int) -> tuple[bytes, ...]
     return tuple(keys)
 
 
+class Backing(Protocol):
+    """Where chunks outlast this process. `load` fills the blocks, or leaves them and says False."""
+
+    def save(self, key: bytes, blocks: np.ndarray) -> None: ...
+
+    def load(self, key: bytes, blocks: np.ndarray) -> bool: ...
+
+
 class PrefixCache:
     """Chunks in the order of their last use. Their blocks are marked as kept; those that nobody holds may be evicted.
 
-    Costs nothing beside the KV cache that there is: it lives in blocks that no request needs now.
+    Costs nothing beside the KV cache that there is: it lives in blocks that no request needs now. backing: gets what is
+    put, and is asked by `restore`.
     """
 
-    def __init__(self, blocks: BlockManager, chunk_tokens: int) -> None:
+    def __init__(self, blocks: BlockManager, chunk_tokens: int, backing: Backing | None = None) -> None:
         if chunk_tokens % blocks.block_size:
             raise ValueError(f"a chunk of {chunk_tokens} tokens is not whole blocks of {blocks.block_size}")
-        self._blocks = blocks
+        self._blocks, self._backing, self._chunk_tokens = blocks, backing, chunk_tokens
         self._chunks: OrderedDict[bytes, np.ndarray] = OrderedDict()  # oldest use first
         self.lookup_tokens = self.hit_tokens = 0  # of prompts that were admitted; of those, what was found
+        self.restored_tokens = 0  # of what was found, what came from the backing
 
     def find(self, key: bytes) -> np.ndarray | None:
         """The chunk's blocks, int32; hold them (`BlockManager.hold`) before anything else is asked of the cache."""
@@ -52,6 +63,17 @@ class PrefixCache:
             raise RuntimeError("this chunk is in the prefix cache already")
         self._blocks.keep(blocks)
         self._chunks[key] = blocks.copy()
+        if self._backing is not None:
+            self._backing.save(key, blocks)
+
+    def restore(self, key: bytes, blocks: np.ndarray) -> bool:
+        """Fills blocks that the caller holds with a chunk that is not there, and keeps it, if the backing has it."""
+        if self._backing is None or not self._backing.load(key, blocks):
+            return False
+        self._blocks.keep(blocks)
+        self._chunks[key] = blocks.copy()
+        self.restored_tokens += self._chunk_tokens
+        return True
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """The chunks of a prompt, in its order, have been used: a chunk is never younger than the one before it."""

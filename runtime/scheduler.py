@@ -190,7 +190,17 @@ class Scheduler:
         if self._prefix is not None and not sequence.scored:
             self._prefix.lookup_tokens += sequence.num_prompt
         self._skip(sequence, found.size * self._blocks.block_size)
+        self._restore(sequence, sequence.blocks)
         return True
+
+    def _restore(self, sequence: Sequence, blocks: np.ndarray) -> None:
+        """Takes the next chunks from where they outlast the process, as far as they are there."""
+        for key in self._usable_keys(sequence)[sequence.num_computed // self._prefill_chunk :]:
+            first = sequence.num_computed // self._blocks.block_size
+            own = blocks[first : first + self._prefill_chunk // self._blocks.block_size]
+            if self._prefix is None or self._prefix.find(key) is not None or not self._prefix.restore(key, own):
+                return
+            self._skip(sequence, self._prefill_chunk)
 
     def _make_room(self, num_blocks: int) -> bool:
         """Frees kept blocks until `num_blocks` are free; False, and nothing is freed, when they are too few."""

@@ -235,6 +235,13 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     prefix_cache: PrefixCacheOpt = None,
+    prefix_cache_dir: Annotated[
+        Path | None,
+        _option("--prefix-cache-dir", "Directory that keeps the KV of prompts over restarts, too", panel=_RUN),
+    ] = None,
+    prefix_cache_disk: Annotated[
+        str | None, _option("--prefix-cache-disk", "Bytes that it may take; 1GiB, unless given", panel=_RUN)
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         _option("--api-key", "Key that requests must carry; may be repeated, or several with commas", panel=_HTTP),

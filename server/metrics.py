@@ -90,6 +90,8 @@ def _requests(snapshot: EngineSnapshot) -> Iterator[Metric]:
     looked_up, hit = snapshot.prefix_cache_lookup_tokens, snapshot.prefix_cache_hit_tokens
     yield _counter("prefix_cache_lookups_tokens", "Tokens of prompts that were looked for.", _single(looked_up))
     yield _counter("prefix_cache_hits_tokens", "Of those, what others had computed already.", _single(hit))
+    restored = _single(snapshot.prefix_cache_restored_tokens)
+    yield _counter("prefix_cache_restored_tokens", "Of those, what came from disk.", restored)
     yield _gauge("num_requests_running", "Requests that are being computed.", _single(snapshot.num_requests_running))
     yield _gauge("num_requests_waiting", "Requests in the queue.", _single(snapshot.num_requests_waiting))
     yield _counter("prompt_tokens", "Tokens of prompts that were read.", _single(snapshot.prompt_tokens))

@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     max_num_seqs: Positive = 4
     prefix_cache: bool = True
     # serve
+    prefix_cache_dir: Path | None = None
+    prefix_cache_disk: Size | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: Annotated[Names, Field(repr=False)] = ()
@@ -203,6 +205,8 @@ def load_options(settings: Settings) -> LoadOptions:
         max_queue=settings.max_queue,
         max_wait_s=settings.max_wait,
         prefix_cache=settings.prefix_cache,
+        prefix_cache_dir=settings.prefix_cache_dir,
+        prefix_cache_disk=settings.prefix_cache_disk,
         audit_rate=settings.audit_rate,
     )
 

@@ -117,6 +117,7 @@ class FakeEngine:
                 prefix_cache_idle_bytes=2048,
                 prefix_cache_lookup_tokens=100,
                 prefix_cache_hit_tokens=60,
+                prefix_cache_restored_tokens=20,
                 num_requests_running=len(self._live),
                 num_requests_waiting=0,
                 prompt_tokens=self.prompted,

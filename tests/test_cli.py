@@ -52,6 +52,7 @@ COMMANDS = {
         *("--host", "--port", "--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett"),
         *("--ffn-cache", "--max-model-len", "--max-num-seqs", "--api-key", "--served-model-name", "--drain-timeout"),
         *("--api-key-file", "--cors-origin", "--max-body", "--max-queue", "--max-wait", "--log-format"),
+        *("--prefix-cache", "--no-prefix-cache", "--prefix-cache-dir", "--prefix-cache-disk"),
     ],
     "bench": [
         *("--memory", "--gpu-memory", "--device", "--dtype", "--threads", "--mode", "--cett", "--ffn-cache"),
@@ -126,6 +127,8 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "requests": "9",
             "concurrency": "2",
             "prefix_cache": "0",
+            "prefix_cache_dir": "p",
+            "prefix_cache_disk": "2GiB",
         },
         **{"act": "relu", "gated": "0", "active": "0.1", "resume": "1"},
     }

@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "prefix_cache_idle_bytes": ("gauge", set()),
     "prefix_cache_lookups_tokens": ("counter", set()),
     "prefix_cache_hits_tokens": ("counter", set()),
+    "prefix_cache_restored_tokens": ("counter", set()),
     "overflow": ("counter", set()),
     "streamed_layers": ("counter", set()),
     "active_neurons": ("counter", set()),
