@@ -84,6 +84,15 @@ def ffn_case(
     return Case(f"ffn {layout.dtype.value}, {what}, batch {batch}", num * read, call, target)
 
 
+def bare_read_case(kernels: NativeKernels, data: Data, stride: int, read: int) -> Case:
+    """The same scattered bytes and nothing computed: what is left between this and the ceiling is the memory's."""
+    places = data.rng.permutation(data.arena.size // stride).astype(np.int64) * stride
+    num = min(CALL_BYTES // read, places.size // 4)
+    parts = cycle([places[i : i + num] for i in range(0, places.size - num + 1, num)])
+    name = f"bare reads of {read // 1024} KiB, scattered"
+    return Case(name, num * read, lambda: kernels.read_records(data.arena, next(parts), read))
+
+
 def linear_cases(kernels: NativeKernels, data: Data, batch: int) -> Iterator[Case]:
     """Ours and torch's on matrices [2560, 2560] of the arena."""
     hidden = 2560
@@ -161,6 +170,8 @@ def all_cases(kernels: NativeKernels, data: Data, quick: bool) -> Iterator[Case]
     yield ffn_case(kernels, data, afm[BundleDtype.BF16], 1, 0.8)
     yield ffn_case(kernels, data, llama, 1, 0.72, only_up=True)
     yield ffn_case(kernels, data, afm[BundleDtype.INT8], 1, 0.8)
+    for kib in (10, 8, 5):
+        yield bare_read_case(kernels, data, afm[BundleDtype.BF16].stride, kib << 10)
     yield plane_case(kernels, data, 2560, 18432, 2.0, False, 1)
     yield from linear_cases(kernels, data, 1)
     if quick:

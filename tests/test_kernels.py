@@ -665,6 +665,21 @@ def test_read_through_reads_everything_once(name: str) -> None:
     assert kernels.read_through(data[:0]) == 0
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_read_records_reads_each_once(name: str) -> None:
+    kernels = choose(name, 3)
+    from runtime.kernels.native import NativeKernels
+
+    assert isinstance(kernels, NativeKernels)
+    data = np.random.default_rng(0).integers(0, 256, 300 * 768, np.uint8)
+    for num in (0, 1, 3, 4, 5, 150):
+        offsets = np.random.default_rng(num).permutation(300)[:num].astype(np.int64) * 768
+        words = sum(int(data[at : at + 512].view(np.int32).sum(dtype=np.int64)) for at in offsets)
+        assert (kernels.read_records(data, offsets, 512) - words) % (1 << 32) == 0
+    with pytest.raises(ValueError, match="outside"):
+        kernels.read_records(data, np.array([data.size - 256], np.int64), 512)
+
+
 def test_select() -> None:
     assert select("reference").name == "reference"
     assert select().name in NAMES

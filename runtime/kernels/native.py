@@ -100,6 +100,11 @@ class NativeKernels:
         """The sum of uint8 [N] as words, read front to back as fast as this machine reads: the others' ceiling."""
         return self._cpu.read_through(data)
 
+    def read_records(self, data: np.ndarray, offsets: np.ndarray, num_bytes: int) -> int:
+        """The sum of the num_bytes (a multiple of 256) at each of int64 offsets [K] of uint8 data as words, read as
+        `ffn` reads records: what bare reads of them reach. Raises ValueError for one outside the data."""
+        return self._cpu.read_records(data, offsets, num_bytes)
+
 
 def _planes(m: PlaneMatrix) -> PlaneArrays:
     return m.bits, m.step, m.codes, m.scale, m.bias, float(m.unit), float(m.noise)

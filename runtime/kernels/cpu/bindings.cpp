@@ -266,6 +266,17 @@ class CpuKernels {
     return sum;
   }
 
+  int64_t read_records(const Vector<const uint8_t>& data, const Vector<const int64_t>& offsets, int64_t bytes) {
+    require(bytes >= 0, "a record has no bytes");
+    for (int64_t i = 0; i < dim(offsets, 0); ++i)
+      require(offsets.data()[i] >= 0 && offsets.data()[i] <= dim(data, 0) - bytes, "a record lies outside the data");
+    int64_t sum = 0;
+    const nb::gil_scoped_release released;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    table_->read_records(RecordReadArgs{data.data(), offsets.data(), dim(offsets, 0), bytes, &sum}, pool_->team());
+    return sum;
+  }
+
  private:
   const float* padded_rows(const float* x, int64_t num, int64_t width) {
     const int64_t ld = padded(width);
@@ -312,5 +323,6 @@ NB_MODULE(_cpu, m) {
       .def("linear", &CpuKernels::linear, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert())
       .def("paged_attention", &CpuKernels::paged_attention, "q"_a.noconvert(), "keys"_a.noconvert(),
            "values"_a.noconvert(), "block_table"_a.noconvert(), "num_tokens"_a, "out"_a.noconvert(), "scale"_a)
-      .def("read_through", &CpuKernels::read_through, "data"_a.noconvert());
+      .def("read_through", &CpuKernels::read_through, "data"_a.noconvert())
+      .def("read_records", &CpuKernels::read_records, "data"_a.noconvert(), "offsets"_a.noconvert(), "bytes"_a);
 }

@@ -115,6 +115,13 @@ struct ReadArgs {
   int64_t* sum;  // added to
 };
 
+struct RecordReadArgs {
+  const uint8_t* data;
+  const int64_t* offsets;  // [num], bytes into data
+  int64_t num, bytes;      // of each record
+  int64_t* sum;            // added to
+};
+
 struct KernelTable {
   const char* name;
   void (*ffn)(const FfnArgs&, const Team&);
@@ -123,6 +130,7 @@ struct KernelTable {
   void (*linear)(const LinearArgs&, const Team&);
   void (*paged_attention)(const AttentionArgs&, const Team&);
   void (*read_through)(const ReadArgs&, const Team&);
+  void (*read_records)(const RecordReadArgs&, const Team&);
 };
 
 extern const KernelTable generic_kernels;

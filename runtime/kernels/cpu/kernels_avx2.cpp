@@ -7,5 +7,5 @@ namespace coldstream {
 extern const KernelTable avx2_kernels;
 const KernelTable avx2_kernels = {
     "avx2", avx2::ffn, avx2::sketch_scores, avx2::plane_scores, avx2::linear, avx2::paged_attention,
-    avx2::read_through};
+    avx2::read_through, avx2::read_records};
 }  // namespace coldstream

@@ -7,5 +7,5 @@ namespace coldstream {
 extern const KernelTable generic_kernels;
 const KernelTable generic_kernels = {
     "generic", generic::ffn, generic::sketch_scores, generic::plane_scores, generic::linear, generic::paged_attention,
-    generic::read_through};
+    generic::read_through, generic::read_records};
 }  // namespace coldstream

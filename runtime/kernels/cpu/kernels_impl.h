@@ -27,7 +27,12 @@ namespace {
 
 constexpr int64_t kPanel = 64;  // rows of a batch looked at together
 constexpr int64_t kAhead = 3;   // records between the one computed and the one fetched: 1 is too near for small records
-constexpr int kGroup = 4;       // neurons added to the output in one pass
+#if defined(KERNELS_AVX512)
+constexpr int kGroup = 8;       // neurons read side by side, and added to the output in one pass
+#else
+constexpr int kGroup = 4;
+#endif
+constexpr int kSums = 16 / kGroup;  // accumulators of a neuron: together they must fit the registers
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -54,16 +59,22 @@ struct Ranges {
 };
 
 inline Ranges make_ranges(int64_t num, int num_threads, int64_t most) {
-  const int64_t fair = num / (num_threads * 4) + 1;
+  const int64_t fair = (num / (num_threads * 4) + kGroup) / kGroup * kGroup;
   return Ranges{0, num, min(fair, most)};
 }
 
-// out[r] = w . x[r] for R rows. Four accumulators a row, element i in accumulator (i / W) % 4, whatever R is.
-template <class T, int R>
+template <int A>
+inline float sum_all(const vf* acc) {
+  if constexpr (A == 4) return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+  return sum(add(acc[0], acc[1]));
+}
+
+// out[r] = w . x[r] for R rows. A accumulators a row, element i in accumulator (i / W) % A, whatever R is.
+template <class T, int R, int A>
 inline void dot_block(const uint8_t* w, const uint8_t* next, const float* const* x, int64_t n, float* out) {
-  vf acc[R][4];
+  vf acc[R][A];
   for (int r = 0; r < R; ++r)
-    for (int u = 0; u < 4; ++u) acc[r][u] = zero();
+    for (int u = 0; u < A; ++u) acc[r][u] = zero();
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     if (next != nullptr) prefetch<4 * W * T::size>(next + i * T::size);
@@ -71,7 +82,7 @@ inline void dot_block(const uint8_t* w, const uint8_t* next, const float* const*
     for (int u = 0; u < 4; ++u) {
       const vf v = T::get(w + (i + u * W) * T::size);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][u] = fma(v, load(x[r] + i + u * W), acc[r][u]);
+      for (int r = 0; r < R; ++r) acc[r][u % A] = fma(v, load(x[r] + i + u * W), acc[r][u % A]);
     }
   }
   if (next != nullptr && i < n) prefetch_line(next + i * T::size);
@@ -81,67 +92,69 @@ inline void dot_block(const uint8_t* w, const uint8_t* next, const float* const*
     if (left <= 0) break;
     const vf v = left >= W ? T::get(w + at * T::size) : get_tail<T>(w + at * T::size, left);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[r][u] = fma(v, load(x[r] + at), acc[r][u]);
+    for (int r = 0; r < R; ++r) acc[r][u % A] = fma(v, load(x[r] + at), acc[r][u % A]);
   }
-  for (int r = 0; r < R; ++r) out[r] = sum(add(add(acc[r][0], acc[r][1]), add(acc[r][2], acc[r][3])));
+  for (int r = 0; r < R; ++r) out[r] = sum_all<A>(acc[r]);
 }
 
 // The same for any number of rows; `next` is fetched ahead during the first pass.
-template <class T>
+template <class T, int A = 4>
 inline void dots(const uint8_t* w, const uint8_t* next, const float* const* x, int64_t rows, int64_t n, float* out) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) dot_block<T, kRows>(w, r == 0 ? next : nullptr, x + r, n, out + r);
+  for (; r + kRows <= rows; r += kRows) dot_block<T, kRows, A>(w, r == 0 ? next : nullptr, x + r, n, out + r);
   const uint8_t* ahead = r == 0 ? next : nullptr;
-  if (rows - r == 1) dot_block<T, 1>(w, ahead, x + r, n, out + r);
+  if (rows - r == 1) dot_block<T, 1, A>(w, ahead, x + r, n, out + r);
   if constexpr (kRows > 2) {
-    if (rows - r == 2) dot_block<T, 2>(w, ahead, x + r, n, out + r);
-    if (rows - r == 3) dot_block<T, 3>(w, ahead, x + r, n, out + r);
+    if (rows - r == 2) dot_block<T, 2, A>(w, ahead, x + r, n, out + r);
+    if (rows - r == 3) dot_block<T, 3, A>(w, ahead, x + r, n, out + r);
   }
 }
 
 // out[g] = w[g] . x for G vectors read side by side, each summed as dot_block does. Reading scattered vectors one after
-// another, a thread of Zen 4 gets 17 GB/s whatever it fetches ahead; four side by side give 23 (benchmarks/LOG.md).
+// another, a thread of Zen 4 gets 17 GB/s whatever it fetches ahead, four side by side give 23; with Zen 5 four give 22 and
+// eight 30 (benchmarks/LOG.md).
 template <class T, int G>
 inline void dot_side_by_side(const uint8_t* const* w, const uint8_t* const* next, const float* x, int64_t n,
                              float* out) {
-  vf acc[G][4];
+  vf acc[G][kSums];
   for (int g = 0; g < G; ++g)
-    for (int u = 0; u < 4; ++u) acc[g][u] = zero();
+    for (int u = 0; u < kSums; ++u) acc[g][u] = zero();
+  constexpr int kStep = 64 / T::size > kSums * W ? 64 / T::size / W : kSums;  // vectors: a cache line at least
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    for (int g = 0; g < kGroup; ++g) prefetch<4 * W * T::size>(next[g] + i * T::size);
+  for (; i + kStep * W <= n; i += kStep * W) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroup; ++g) prefetch<kStep * W * T::size>(next[g] + i * T::size);
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
+    for (int u = 0; u < kStep; ++u) {
       const vf v = load(x + i + u * W);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) acc[g][u] = fma(T::get(w[g] + (i + u * W) * T::size), v, acc[g][u]);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) acc[g][u % kSums] = fma(T::get(w[g] + (i + u * W) * T::size), v, acc[g][u % kSums]);
     }
   }
-#pragma GCC unroll 4
-  for (int u = 0; u < 4; ++u) {
+  for (int u = 0; u < kStep; ++u) {
     const int64_t at = i + u * W, left = n - at;
     if (left <= 0) break;
     const vf v = load(x + at);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
       const uint8_t* p = w[g] + at * T::size;
-      acc[g][u] = fma(left >= W ? T::get(p) : get_tail<T>(p, left), v, acc[g][u]);
+      acc[g][u % kSums] = fma(left >= W ? T::get(p) : get_tail<T>(p, left), v, acc[g][u % kSums]);
     }
   }
-  for (int g = 0; g < G; ++g) out[g] = sum(add(add(acc[g][0], acc[g][1]), add(acc[g][2], acc[g][3])));
+  for (int g = 0; g < G; ++g) out[g] = sum_all<kSums>(acc[g]);
 }
 
 // The vectors at `offset` of `num` records times x; those of the kGroup `next` records are fetched meanwhile.
-template <class T>
+template <class T, int G = kGroup>
 inline void dot_records(const uint8_t* const* records, int num, const uint8_t* const* next, int64_t offset,
                         const float* x, int64_t n, float* out) {
+  if constexpr (G > 1) {
+    if (num < G) return dot_records<T, G - 1>(records, num, next, offset, x, n, out);
+  }
   const uint8_t *w[kGroup], *ahead[kGroup];
-  for (int g = 0; g < num; ++g) w[g] = records[g] + offset;
+  for (int g = 0; g < G; ++g) w[g] = records[g] + offset;
   for (int g = 0; g < kGroup; ++g) ahead[g] = next[g] + offset;
-  if (num == 1) dot_side_by_side<T, 1>(w, ahead, x, n, out);
-  if (num == 2) dot_side_by_side<T, 2>(w, ahead, x, n, out);
-  if (num == 3) dot_side_by_side<T, 3>(w, ahead, x, n, out);
-  if (num == 4) dot_side_by_side<T, 4>(w, ahead, x, n, out);
+  dot_side_by_side<T, G>(w, ahead, x, n, out);
 }
 
 // out += c[0] w[0] + ... + c[G-1] w[G-1], one after the other in each element: the same as G calls of one.
@@ -157,7 +170,7 @@ inline void add_block(float* out, const uint8_t* const* w, const float* c, const
 #pragma GCC unroll 4
     for (int64_t j = i; j < i + kStep; j += W) {
       vf a = load(out + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int g = 0; g < G; ++g) a = fma(factor[g], T::get(w[g] + j * T::size), a);
       store(out + j, a);
     }
@@ -174,13 +187,13 @@ inline void add_block(float* out, const uint8_t* const* w, const float* c, const
   }
 }
 
-template <class T>
+template <class T, int G = kGroup>
 inline void add_scaled(float* out, const uint8_t* const* w, const float* c, int num, const uint8_t* const* next,
                        int64_t n) {
-  if (num == 1) add_block<T, 1>(out, w, c, next, n);
-  if (num == 2) add_block<T, 2>(out, w, c, next, n);
-  if (num == 3) add_block<T, 3>(out, w, c, next, n);
-  if (num == 4) add_block<T, 4>(out, w, c, next, n);
+  if constexpr (G > 1) {
+    if (num < G) return add_scaled<T, G - 1>(out, w, c, num, next, n);
+  }
+  if (num > 0) add_block<T, G>(out, w, c, next, n);
 }
 
 // ---- the FFN from records -------------------------------------------------------------------------------------------
@@ -228,13 +241,14 @@ inline void record_coefficients(const FfnArgs& a, int64_t k, const uint8_t* next
   float product[kPanel], kept[kPanel];
   for (int64_t i = 0; i < count; ++i) x[i] = a.x + rows[i] * a.ld;
   if (a.gate.offset >= 0) {
-    dots<T>(record + a.gate.offset, next != nullptr ? next + a.gate.offset : nullptr, x, count, a.hidden, product);
+    const uint8_t* ahead = next != nullptr ? next + a.gate.offset : nullptr;
+    dots<T, kSums>(record + a.gate.offset, ahead, x, count, a.hidden, product);
     const float scale = read_scale(record, a.gate);
     for (int64_t i = 0; i < count; ++i) product[i] = activate(a.act, product[i] * scale);
     count = keep_active(a, product, count, rows, kept, x);
   }
   if (count == 0) return;
-  dots<T>(record + a.up.offset, next != nullptr ? next + a.up.offset : nullptr, x, count, a.hidden, product);
+  dots<T, kSums>(record + a.up.offset, next != nullptr ? next + a.up.offset : nullptr, x, count, a.hidden, product);
   const float up_scale = read_scale(record, a.up), down_scale = read_scale(record, a.down);
   for (int64_t i = 0; i < count; ++i) {
     const float up = product[i] * up_scale;
@@ -649,6 +663,43 @@ void read_range(void* context, int) {
 void read_through(const ReadArgs& a, const Team& team) {
   ReadWork work{&a, Ranges{0, (a.bytes + kReadPiece - 1) / kReadPiece, 1}};
   team.run(team.self, read_range, &work);
+}
+
+struct RecordReadWork {
+  const RecordReadArgs* a;
+  Ranges ranges;  // records
+};
+
+// kGroup records side by side, as dot_side_by_side takes them, those of the next group fetched meanwhile.
+void read_record_range(void* context, int) {
+  RecordReadWork& work = *static_cast<RecordReadWork*>(context);
+  const RecordReadArgs& a = *work.a;
+  int64_t begin, end, total = 0;
+  while (work.ranges.take(&begin, &end)) {
+    for (int64_t i = begin; i < end; i += kGroup) {
+      const uint8_t *record[kGroup], *next[kGroup];
+      const int64_t count = min(kGroup, end - i);
+      for (int64_t g = 0; g < kGroup; ++g) {
+        record[g] = a.data + a.offsets[min(i + g, end - 1)];
+        next[g] = a.data + a.offsets[min(i + kGroup + g, a.num - 1)];
+      }
+      auto sum = no_words();
+      for (int64_t at = 0; at + kReadStep <= a.bytes; at += kReadStep) {
+        for (int64_t g = 0; g < count; ++g) {
+          prefetch<kReadStep>(next[g] + at);
+#pragma GCC unroll 4
+          for (int64_t u = 0; u < 4; ++u) sum = add_words(sum, load_words(record[g] + at + u * W * 4));
+        }
+      }
+      total += sum_words(sum);
+    }
+  }
+  __atomic_fetch_add(a.sum, total, __ATOMIC_RELAXED);
+}
+
+void read_records(const RecordReadArgs& a, const Team& team) {
+  RecordReadWork work{&a, make_ranges(a.num, team.num_threads, 32)};
+  team.run(team.self, read_record_range, &work);
 }
 
 }  // namespace
