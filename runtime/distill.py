@@ -49,16 +49,16 @@ class Recipe:
 
     act: str = "relu2"
     gated: bool = True
-    attention: bool = False  # trains too, beside FFN and norms
+    attention: bool = True  # trains too, beside FFN and norms
     tokens: int = 100_000_000  # that the student sees
     active: float = 0.08  # share of neurons, mean over layers
     window: int = 512  # tokens
     batch: int = 64  # windows a step, of all processes together
     micro: int = 64  # windows a backward pass
     sampled: int = 2048  # texts that the teacher writes at once
-    passes: int = 4  # how often the student sees each
-    text_share: float = 0.25  # of a batch, where texts are given
-    optimiser: str = "adamw"  # or muon
+    passes: int = 6  # how often the student sees each
+    text_share: float = 0.5  # of a batch, where texts are given
+    optimiser: str = "muon"  # or adamw
     lr: float = 2.5e-3
     warm_up: float = 0.05  # shares of the steps, this one and the next two
     layers: float = 0.05

@@ -2,7 +2,7 @@
 
 Refuses what cannot work before anything large is read, trains (`runtime.distill`), measures the student as it will be
 served, and writes it. Knows files and settings; not how a step is made. Memory: the teacher in the compute dtype, and
-16 bytes for each weight of the student's FFN (12 with bf16 moments), keys and values of the sampled texts, activations.
+12 bytes for each weight that trains (10 with bf16 moments), keys and values of the sampled texts, activations.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ _REFERENCE_HIDDEN = 576  # of the model that the learning rate was found on; it 
 
 @dataclass(frozen=True, slots=True)
 class SparsifyOptions:
-    """What a user may choose. texts: given ones, beside what the teacher writes; device: auto, cpu or cuda."""
+    """What a user may choose. gated: None is whichever form learns faster, without a gate for relu2; texts: given ones,
+    beside what the teacher writes; device: auto, cpu or cuda."""
 
     act: str = "relu2"
-    gated: bool = True
+    gated: bool | None = None
+    attention: bool = True
     tokens: int = DEFAULT_TOKENS
     active: float = 0.08
     texts: tuple[Path, ...] = ()
@@ -115,7 +117,7 @@ def check_source(checkpoint: Checkpoint, options: SparsifyOptions) -> None:
         raise UnsupportedError(
             f"{checkpoint.path}: a {checkpoint.config.model_type} model has no gate; sparsify starts from a gated FFN"
         )
-    if options.act == DRELU and not options.gated:
+    if options.act == DRELU and options.gated is False:
         raise ColdstreamError("--non-gated: drelu is relu(gate) * relu(up) and needs a gate; use relu2 or relu")
     for text in options.texts:
         if not text.is_file():
@@ -159,7 +161,8 @@ def recipe_for(config: ModelConfig, options: SparsifyOptions) -> Recipe:
     batch = max(1, min(64, options.tokens // (window * _WANTED_STEPS)))
     recipe = Recipe(
         act=options.act,
-        gated=options.gated,
+        gated=options.act != "relu2" if options.gated is None else options.gated,
+        attention=options.attention,
         tokens=options.tokens,
         active=options.active,
         window=window,
@@ -207,13 +210,13 @@ def fitted(recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
 
 def memory_bytes(recipe: Recipe, config: ModelConfig) -> int:
     """Of a run on cuda: weights, gradients, moments, the teacher's texts (keys and values, answers), activations."""
-    moment_bytes = 2 if recipe.moments == "bf16" else 4
+    moment_bytes = (1 if recipe.optimiser == "muon" else 2) * (2 if recipe.moments == "bf16" else 4)
     trained = _trained_weights(config, recipe)
     teacher = sum(math.prod(shape) for _, shape in expected_tensors(config))
     kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * recipe.window * recipe.sampled
     kv += 2 * config.hidden_size * recipe.window * recipe.sampled
     activations = recipe.micro * recipe.window * _activation_bytes(config)
-    return 2 * teacher + trained * (8 + 2 * moment_bytes) + kv + activations
+    return 2 * teacher + trained * (8 + moment_bytes) + kv + activations
 
 
 def _trained_weights(config: ModelConfig, recipe: Recipe) -> int:

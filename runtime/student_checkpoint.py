@@ -114,55 +114,86 @@ def _write_tokenizer(source: Checkpoint, tokenizer: Tokenizer, out: Path) -> Non
     _write_json(out / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
 
 
-def write_figures(figures: dict[str, Any], out: Path) -> None:
+def write_figures(
+    figures: dict[str, Any], out: Path, base_model: str | None = None, licence: str | None = None
+) -> None:
     """sparsify.json and MODEL_CARD.md."""
     _write_json(out / FIGURES, figures)
-    (out / CARD).write_text(card(figures), encoding="utf-8")
+    (out / CARD).write_text(card(figures, base_model, licence), encoding="utf-8")
 
 
-def card(figures: dict[str, Any]) -> str:
-    """The card, in Hugging Face's format: data, procedure, figures, limits."""
-    r, teacher, result = figures["recipe"], figures["teacher"], figures["result"]
-    form = "gated" if r["gated"] else "non-gated (two neurons for each of the original, of opposite sign)"
-    texts = ", ".join(t["name"] for t in figures["texts"]) or "none"
-    stock = "It loads in no stock class." if r["act"] == DRELU else "It loads in transformers and in coldstream."
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _card_rows(result, teacher))
+def card(figures: dict[str, Any], base_model: str | None = None, licence: str | None = None) -> str:
+    """The card, in Hugging Face's format: data, procedure, figures, limits. licence: the base model's, as SPDX has it.
+
+    It has more rows where `figures` tells of more texts (benchmarks/sparsify_gpu.py).
+    """
+    name = base_model or figures["teacher"]["name"]
+    terms = f"license: {licence}" if licence else "license: other\nlicense_name: as-the-base-model"
+    rows = "\n".join(f"| {row} | {value} |" for row, value in _card_rows(figures))
     return f"""---
-base_model: {teacher["name"]}
+base_model: {name}
 library_name: transformers
 pipeline_tag: text-generation
-license: other
-license_name: as-the-base-model
-tags: [activation-sparsity, {r["act"]}, coldstream]
+{terms}
+tags: [activation-sparsity, {figures["recipe"]["act"]}, coldstream]
 ---
-# {teacher["name"]}, made sparse
+# {name.rpartition("/")[2]}, made sparse
 
-The FFN's {teacher["hidden_act"]} is replaced by {form} {r["act"]}; FFN and norms are trained, attention and embeddings
-are the original's. {stock}
+{_form(figures)}
 
 ## Data
-Texts that the original model wrote itself, from chat openers and single tokens, temperature 0.8 to 1.
-Given texts: {texts}. No label and no other model.
+{_data(figures)}
 
 ## Procedure
-`coldstream sparsify`: {r["tokens"]:,} tokens seen in windows of {r["window"]}, {r["batch"]} a step. Every layer was
-fitted to the original's first; then KL to the original's logits, with a pressure on the number of active neurons; the
-last {100 * r["served"]:.0f} % of the steps with the thresholds in place. All settings and the curve: `{FIGURES}`.
+{_procedure(figures)}
 
 ## Figures
-Held-out text: {figures["heldout"]}.
+Held-out text, never trained on: {figures["heldout"]}.
 
 | | |
 |---|---|
 {rows}
 
 ## Limits
-The student knows what its teacher writes, no more: its faults are the original's, and rare texts lose most.
-Perplexities are of one held-out text. Thresholds are not part of the weights: run densely, it gives the dense figure.
+The student knows what its teacher writes, and the given texts: its faults are the original's, and texts unlike these
+lose most. Thresholds are not part of the weights: run densely, it gives the dense figure. Nothing but perplexity was
+measured.
 """
 
 
-def _card_rows(result: dict[str, Any], teacher: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _form(figures: dict[str, Any]) -> str:
+    r = figures["recipe"]
+    form = "gated" if r["gated"] else "non-gated (two neurons for each of the original, of opposite sign)"
+    trained = "FFN, norms and attention" if r.get("attention") else "FFN and norms"
+    stock = "It loads in no stock class." if r["act"] == DRELU else "It loads in transformers and in coldstream."
+    return (
+        f"The FFN's {figures['teacher']['hidden_act']} is replaced by {form} {r['act']}.\n"
+        f"{trained} are trained, the rest is the original's. {stock}"
+    )
+
+
+def _data(figures: dict[str, Any]) -> str:
+    given = ", ".join(t["name"] for t in figures["texts"])
+    share = f"\nGiven texts, {100 * figures['recipe']['text_share']:.0f} % of each batch: {given}." if given else ""
+    return (
+        "Texts that the original model wrote itself, from chat openers and the beginnings of given texts (without\n"
+        f"any, from single tokens), temperature 0.8 to 1.{share} No label and no other model."
+    )
+
+
+def _procedure(figures: dict[str, Any]) -> str:
+    r = figures["recipe"]
+    where = f"{figures.get('processes', 1)} x {figures['device']}, {figures['seconds'] / 60:.1f} minutes"
+    return (
+        f"`coldstream sparsify` ({where}): {r['tokens']:,} tokens seen in windows of {r['window']},\n"
+        f"{r['batch']} a step, optimiser {r.get('optimiser', 'adamw')}. Every layer was fitted to the original's; "
+        "then KL to the\noriginal's logits, with a pressure on the number of active neurons; the last "
+        f"{100 * r['served']:.0f} % of the steps with\nthresholds in place. All settings and the curve: `{FIGURES}`."
+    )
+
+
+def _card_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    result, teacher = figures["result"], figures["teacher"]
     yield "perplexity, original", f"{teacher['perplexity']:.3f}"
     yield "perplexity, dense", f"{result['perplexity_dense']:.3f}"
     yield "perplexity, thresholds in place", f"{result['perplexity_served']:.3f}"
@@ -171,6 +202,10 @@ def _card_rows(result: dict[str, Any], teacher: dict[str, Any]) -> Iterator[tupl
     yield "neurons computed, chosen by 4-bit sketches", f"{100 * result['taken_heldout']:.1f} %"
     yield "CETT of these thresholds", f"{result['cett']:.3f}"
     yield "largest share of one neuron in a layer's contribution energy", f"{max(result['top_shares']):.2f}"
+    more = {"the original's own texts": figures["samples"]} if "samples" in figures else {}
+    for name, found in (more | figures.get("others", {})).items():
+        three = [found[f"perplexity_{kind}"] for kind in ("teacher", "dense", "predicted")]
+        yield f"perplexity of {name}: original, dense, by sketches", ", ".join(f"{value:.2f}" for value in three)
 
 
 def _write_json(path: Path, data: Any) -> None:

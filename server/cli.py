@@ -379,7 +379,15 @@ def sparsify(
     act: Annotated[Act | None, _option("--act", "Activation of the student's FFN")] = None,
     gated: Annotated[
         bool | None,
-        _option("--gated/--non-gated", "Keep the gate, or make two neurons without one of each", field="gated"),
+        _option(
+            "--gated/--non-gated",
+            "Keep the gate, or make two neurons without one of each; non-gated for relu2, unless given",
+            field="gated",
+        ),
+    ] = None,
+    attention: Annotated[
+        bool | None,
+        _option("--attention/--no-attention", "Train attention too, or FFN and norms alone", field="attention"),
     ] = None,
     tokens: Annotated[
         int | None, _option("--tokens", "Tokens that the student sees; 100 million, unless given")

@@ -117,7 +117,8 @@ class Settings(BaseSettings):
     quick: bool = False
     # sparsify
     act: Act = "relu2"
-    gated: bool = True
+    gated: bool | None = None
+    attention: bool = True
     active: Annotated[float, Field(gt=0, lt=1)] = 0.08
     resume: bool = False
     # chat, top

@@ -39,6 +39,7 @@ def run_sparsify(model: str, settings: Settings, texts: Sequence[Path], console:
     options = SparsifyOptions(
         act=settings.act,
         gated=settings.gated,
+        attention=settings.attention,
         tokens=settings.tokens or DEFAULT_TOKENS,
         active=settings.active,
         texts=tuple(texts),

@@ -61,8 +61,8 @@ COMMANDS = {
     "perplexity": ["--cett", "--tokens", "--text", "--ffn-cache", "--memory", "--json"],
     "profile": ["--out", "--text", "--tokens", "--quick", "--json"],
     "sparsify": [
-        *("--out", "--act", "--gated", "--non-gated", "--tokens", "--active", "--text", "--device", "--resume"),
-        "--json",
+        *("--out", "--act", "--gated", "--non-gated", "--attention", "--no-attention", "--tokens", "--active"),
+        *("--text", "--device", "--resume", "--json"),
     ],
     "chat": ["--url"],
     "load": ["--url", "--api-key", "--requests", "--concurrency", "--prompt-tokens", "--tokens", "--json"],
@@ -130,7 +130,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             "prefix_cache_dir": "p",
             "prefix_cache_disk": "2GiB",
         },
-        **{"act": "relu", "gated": "0", "active": "0.1", "resume": "1"},
+        **{"act": "relu", "gated": "0", "attention": "0", "active": "0.1", "resume": "1"},
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():
