@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu_results import BROKEN, Figures, Results, say
@@ -180,7 +181,8 @@ def tests_group(options: argparse.Namespace, results: Results) -> None:
 def gpu_tests() -> Figures:
     """`pytest -m gpu` of the files that have such tests (others may want packages that are not there), counted."""
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if _MARK in p.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    at_once = ["-n", "8"] if find_spec("xdist") else []  # most of the time goes into compiling kernels
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *at_once, *files]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout[-6000:], file=sys.stderr)
     return {"command": " ".join(["python3", *command[1:]]), "exit_code": done.returncode, **counted(done.stdout)}

@@ -35,7 +35,7 @@ from runtime.kernels import triton_launch
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.sketches import InputStatistics, make_plane_sketch
 
@@ -121,7 +121,7 @@ def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:
         statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
         sketch = make_plane_sketch(act, gate if gated else None, up, down, statistics, 1.69)
         mask, x, there = torch.zeros(rows, 40, dtype=torch.uint8), torch.zeros(rows, hidden), DeviceSketch(sketch, CPU)
-        plane_masks(x, torch.ones(hidden), 1e-5, there, 0.5, torch.zeros(table_numbers(rows, there.num_words)), x, mask)
+        plane_masks(x, torch.ones(hidden), 1e-5, there, 0.5, Digits.make(rows, there.width, CPU), x, mask)
 
     return call
 

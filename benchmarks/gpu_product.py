@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from benchmarks.gpu_decode import Counted
 from benchmarks.gpu_shapes import MAX_MODEL_LEN, fill_records, model_config, random_weights
@@ -25,11 +27,13 @@ from runtime.gpu_home import GpuHome
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
+from runtime.kernels.triton_launch import after_others, chained
 from runtime.kernels.triton_masks import DeviceSketch
 from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS, SWAPPED
 from runtime.kv_cache import KVCache
 
 SKETCH_BITS = 1.7
+_BLOCK = 2048  # neurons of a set at once
 CONTEXT = 256  # tokens that are there when decode begins
 
 
@@ -49,6 +53,15 @@ def plane_masks(shape: Shape, rows: int, device: torch.device) -> PlaneMasks:
     return PlaneMasks([DeviceSketch(sketch, device) for _ in layers], [1.0 for _ in layers], rows, device)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _taken(sets, places, mask, NUM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """mask[row] = sets[places[row]], as small a kernel as the trace needs."""
+    row, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    after_others(CHAINED)
+    at = tl.load(places + row) * NUM + place
+    tl.store(mask + row * NUM + place, tl.load(sets + at, mask=place < NUM, other=0), mask=place < NUM)
+
+
 class TraceMasks:
     """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further."""
 
@@ -62,12 +75,16 @@ class TraceMasks:
         self._first = torch.arange(rows, device=device) * ROW_STEP
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = self._first.clone()
+        self._mask = torch.empty(rows, self._sets.shape[2], dtype=torch.uint8, device=device)
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
         self._inner.of(layer, x, norm, h)
         if layer == 0:
             torch.remainder(self._token + self._first, self._sets.shape[1], out=self._places)
-        mask = self._sets[layer].index_select(0, self._places[: x.shape[0]])
+        mask = self._mask[: x.shape[0]]
+        _taken[(triton.cdiv(mask.shape[1], _BLOCK), x.shape[0])](
+            self._sets[layer], self._places, mask, NUM=mask.shape[1], BLOCK=_BLOCK, **chained(x)
+        )
         if layer == self._sets.shape[0] - 1:
             self._token += 1
         return mask

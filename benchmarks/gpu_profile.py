@@ -17,7 +17,7 @@ from benchmarks.gpu_decode import Traced
 from benchmarks.gpu_results import Figures
 from runtime.kernels import triton_launch
 
-WARM_STEPS, STEPS = 20, 8
+WARM_STEPS, STEPS = 20, 4
 
 
 def measure_profile(make: Callable[[], Traced]) -> Figures:

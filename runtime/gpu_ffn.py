@@ -18,7 +18,7 @@ from runtime.activation import activation
 from runtime.ffn import record_matrix
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
 from runtime.kernels.triton_matvec import norm_rows
 from runtime.kernels.triton_neurons import Scratch, add_ffn
 
@@ -57,9 +57,8 @@ class PlaneMasks:
         known = [s for s in sketches if s is not None]
         num_neurons = known[0].num_neurons if known else 0
         self._mask = torch.ones(max_rows, num_neurons, dtype=torch.uint8, device=device)  # the pinned ones stay as is
-        most = max((s.num_words for s in known), default=0)
-        self._tables = torch.empty(table_numbers(max_rows, most), device=device)
-        self.num_bytes = sum(s.num_bytes for s in known) + self._tables.nbytes
+        self._digits = Digits.make(max_rows, max((s.width for s in known), default=0), device)
+        self.num_bytes = sum(s.num_bytes for s in known) + self._digits.num_bytes
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None:
         sketch = self._sketches[layer]
@@ -67,7 +66,7 @@ class PlaneMasks:
             norm.of(x, h)
             return None
         mask = self._mask[: x.shape[0]]
-        plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._tables, h, mask)
+        plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._digits, h, mask)
         return mask
 
 

@@ -122,12 +122,13 @@ class GpuModel:
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor | None:
         """Logits fp32 [N, V] on the host."""
         most = self._sizes[-1]
-        parts = [
-            self._decode_rows(_rows_of(batch, start, start + most), kv)
-            for start in range(0, len(batch.sequences), most)
-        ]
-        self._rows += len(batch.sequences) * len(self._layers) if self._ffn.masks is not None else 0
-        return None if batch.logits == "none" else torch.cat(parts)
+        num = len(batch.sequences)
+        starts = range(0, num, most)
+        parts = [self._decode_rows(batch if num <= most else _rows_of(batch, i, i + most), kv) for i in starts]
+        self._rows += num * len(self._layers) if self._ffn.masks is not None else 0
+        if batch.logits == "none":
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode_rows(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         num = len(batch.sequences)

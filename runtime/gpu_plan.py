@@ -59,7 +59,7 @@ _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private po
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
 _TABLE_BYTES = 56  # a neuron: slot, uses, score and threshold 16; what ranking makes of them 40, for a moment
 _LISTED_BYTES = 12  # a neuron of one layer: its id and its record's address
-_SUMS = 128  # sums of a step's rows that are made apart (runtime/kernels/triton_neurons.py)
+_SUMS, _SUMS_FEW = 128, 256  # sums of a row that are made apart, and of up to two (runtime/kernels/triton_neurons.py)
 _PROMPT_ROWS = 64  # of a prompt that attend together (EngineConfig.prefill_chunk)
 _NEURON_BYTES = 48  # a neuron in main memory: frequency, ranks, counters read back
 _HOST_SLACK_BYTES = 32 * _MIB
@@ -245,7 +245,7 @@ class _Sizes(ModelSizes):
             "staging.buffers": 2 * shape.staged_neurons * self.layout.stride,
             "scratch.prefill": self._prefill_bytes(shape),
             "scratch.logits": self._logit_bytes(),
-            "scratch.lists": c.intermediate_size * _LISTED_BYTES + _SUMS * self.buckets[-1] * c.hidden_size * 4,
+            "scratch.lists": c.intermediate_size * _LISTED_BYTES + self._sums() * c.hidden_size * 4,
             "scratch.graphs": len(self.buckets) * (_GRAPH_BYTES + self._decode_bytes(shape.max_model_len)),
             "scratch.allocator": _ALLOCATOR_BYTES,
         }
@@ -264,6 +264,11 @@ class _Sizes(ModelSizes):
             "scratch.loading": self.load_bytes() + passing,
             "scratch.allocator": _HOST_SLACK_BYTES,
         }
+
+    def _sums(self) -> int:
+        """Rows of partial sums of a step."""
+        rows = self.buckets[-1]
+        return max(_SUMS * rows, _SUMS_FEW * min(rows, 2))
 
     def _prefill_bytes(self, shape: _Shape) -> int:
         """A step's rows: residual, normed and projected in fp32 and as they are multiplied, one sequence's keys and

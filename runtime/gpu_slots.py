@@ -67,7 +67,8 @@ class GpuSlots:
 
     def records(self, layer: int) -> Records:
         """What the kernels take of a layer."""
-        return Records(self.home.records[layer], self.slab, self.table[layer], self.layout)
+        num, slots = self.table.shape[1], self.slots_per_layer[layer]
+        return Records(self.home.records[layer], self.slab, self.table[layer], self.layout, slots == num)
 
     def note(self) -> None:
         """Counters go to the host behind what has been started."""

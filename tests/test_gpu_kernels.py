@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, plane_masks, table_numbers
+from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.kernels.triton_neurons import (
     ACTIVE,
@@ -150,8 +150,8 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int) -> None:
     ordered = np.sort(wanted.ravel())
     threshold = float(ordered[140] + ordered[141]) / 2
     there, h = DeviceSketch(sketch, DEVICE), torch.empty(4, HIDDEN, device=DEVICE)
-    tables = torch.empty(table_numbers(4, there.num_words), device=DEVICE)
-    plane_masks(x.to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, tables, h, mask, scores)
+    digits = Digits.make(4, there.width, DEVICE)
+    plane_masks(x.to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, digits, h, mask, scores)
     torch.testing.assert_close(h.cpu(), normed, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scores.cpu().numpy(), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
     np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted >= threshold)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from runtime.kernels.triton_launch import after_others, chained
 
-_TOKENS = 32  # of a tile
+_TOKENS = 64  # of a tile
 _SPLITS = 8
 
 
@@ -49,20 +49,51 @@ def _rotated(source, position, cos, sin, place, inside, half):  # type: ignore[n
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tokens(keys, values, table, start, position, page, kv_heads, own, size, place, inside, T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys and values of tokens before `position`, each in two halves [T, d / 2]."""
+    token = start + tl.arange(0, T)
+    there = token < position
+    block = tl.load(table + token // page, mask=there, other=0).to(tl.int64)
+    at = (((block * page + token % page) * kv_heads + own) * size)[:, None] + place[None, :]
+    both, half = there[:, None] & inside[None, :], size // 2
+    key1 = tl.load(keys + at, mask=both, other=0.0)
+    key2 = tl.load(keys + at + half, mask=both, other=0.0)
+    value1 = tl.load(values + at, mask=both, other=0.0)
+    value2 = tl.load(values + at + half, mask=both, other=0.0)
+    return key1, key2, value1, value2
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mixed(tile, start, position, query1, query2, highest, weights, mixed1, mixed2, T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is mixed so far, and a tile of tokens with it."""
+    key1, key2, value1, value2 = tile
+    there = start + tl.arange(0, T) < position
+    score = tl.sum(key1.to(tl.float32) * query1[None, :] + key2.to(tl.float32) * query2[None, :], 1)
+    score = tl.where(there, score, -float("inf"))
+    new = tl.maximum(highest, tl.max(score, 0))
+    weight, old = tl.exp(score - new), tl.exp(highest - new)
+    mixed1 = mixed1 * old + tl.sum(weight[:, None] * value1.to(tl.float32), 0)
+    mixed2 = mixed2 * old + tl.sum(weight[:, None] * value2.to(tl.float32), 0)
+    return new, weights * old + tl.sum(weight, 0), mixed1, mixed2
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, keys, values, tables, parts, arrived, out, num_pages, page, heads, kv_heads, size,
     scale, S: tl.constexpr, T: tl.constexpr, HALF: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One split of one head of one row: its tiles of tokens, the row's own token with the first ones (online softmax,
-    arXiv 1805.02867)."""
+    arXiv 1805.02867). What is in the cache is under way before the row's query is there."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    after_others(CHAINED)
     half, group = size // 2, heads // kv_heads
     own = head // group
     place, lane = tl.arange(0, HALF), tl.arange(0, S)
     inside = place < half
     of_row = qkv + row * (heads + 2 * kv_heads) * size
     position = tl.load(positions + row)
+    start, of_table = split * T + position * 0, tables + row * num_pages
+    tile = _tokens(keys, values, of_table, start, position, page, kv_heads, own, size, place, inside, T)
+    after_others(CHAINED)
     query1, query2 = _rotated(of_row + head * size, position, cos, sin, place, inside, half)
     query1, query2 = query1 * scale, query2 * scale
     highest, weights = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
@@ -84,24 +115,16 @@ def _attend(  # type: ignore[no-untyped-def]
         highest = tl.sum(query1 * key1.to(tl.float32) + query2 * key2.to(tl.float32), 0)
         weights += 1.0
         mixed1, mixed2 = value1.to(tl.float32), value2.to(tl.float32)
-    start = split * T + position * 0
+    if start < position:
+        highest, weights, mixed1, mixed2 = _mixed(
+            tile, start, position, query1, query2, highest, weights, mixed1, mixed2, T
+        )
+    start += S * T
     while start < position:
-        token = start + tl.arange(0, T)
-        there = token < position
-        block = tl.load(tables + row * num_pages + token // page, mask=there, other=0).to(tl.int64)
-        at = (((block * page + token % page) * kv_heads + own) * size)[:, None] + place[None, :]
-        both = there[:, None] & inside[None, :]
-        key1 = tl.load(keys + at, mask=both, other=0.0).to(tl.float32)
-        key2 = tl.load(keys + at + half, mask=both, other=0.0).to(tl.float32)
-        value1 = tl.load(values + at, mask=both, other=0.0).to(tl.float32)
-        value2 = tl.load(values + at + half, mask=both, other=0.0).to(tl.float32)
-        score = tl.where(there, tl.sum(key1 * query1[None, :] + key2 * query2[None, :], 1), -float("inf"))
-        new = tl.maximum(highest, tl.max(score, 0))
-        weight, old = tl.exp(score - new), tl.exp(highest - new)
-        mixed1 = mixed1 * old + tl.sum(weight[:, None] * value1, 0)
-        mixed2 = mixed2 * old + tl.sum(weight[:, None] * value2, 0)
-        weights = weights * old + tl.sum(weight, 0)
-        highest = new
+        tile = _tokens(keys, values, of_table, start, position, page, kv_heads, own, size, place, inside, T)
+        highest, weights, mixed1, mixed2 = _mixed(
+            tile, start, position, query1, query2, highest, weights, mixed1, mixed2, T
+        )
         start += S * T
     of_head, wide = row * heads + head, size + 2
     part = parts + (of_head * S + split) * wide

@@ -27,6 +27,11 @@ def after_others(CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
 
 
+def compiled() -> bool:
+    """Whether kernels are compiled, and not interpreted, which knows no assembler."""
+    return not triton.knobs.runtime.interpret
+
+
 def chained(x: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on the device of x."""
     if not OFF and (ASSUMED or (x.is_cuda and _has(x.device))):

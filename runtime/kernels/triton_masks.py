@@ -1,9 +1,10 @@
 """Scores from a layer's plane sketch (`runtime.sketches`), and the mask of neurons that reach a threshold.
 
-A row of codes says of each plane whether it is added or subtracted. Four planes have sixteen sums, so these are made
-once a token, and a neuron takes one of each sixteen by four bits of its codes: a quarter of the additions.
-Shapes: B rows, K sketched neurons, F neurons, R words of 16 bits of a row of codes, all matrices of a sketch one behind
-the other where a shape says W.
+A row of codes says of each plane whether it is added or subtracted: a matrix of bits times a vector, which tensor cores
+multiply once the bits are bytes of 0 and 1 and the vector is written in whole numbers, three digits of 256. Eight bits
+of a byte become eight matrices. Sums are exact; the vector is rounded to 1 / 8,000,000 of what is largest in it.
+Shapes: B rows, G groups of rows, K sketched neurons, F neurons, D hidden, R bytes of a row of codes; W bytes of the
+codes of all matrices of a sketch (gate, where there is one, and up), which share buffers.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton_act import ACTS, activated
-from runtime.kernels.triton_launch import after_others, chained
+from runtime.kernels.triton_launch import after_others, chained, compiled
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
-_WORDS = 16  # of a row of codes at once
+_BYTES = 128  # of a row of codes at once
 _NEURONS = 64  # of a program
-_TABLE_WORDS = 32  # whose sums a program makes
-_QUARTERS, _SUMS = 4, 16  # of a word; of four planes
+_DIGIT_BYTES = 16  # whose planes a program writes in digits
+_COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePlanes:
-    """A PlaneMatrix where the GPU computes: dimension int32 and coefficient fp32 [16, R] (bit b of word r is plane
-    16 r + b; past the last one the coefficient is zero), codes int16 [K, R], scale fp32 [K] with `unit` in it, bias
-    fp32 [K]."""
+    """A PlaneMatrix where the GPU computes: dimension int32 and coefficient fp32 [8, R] (bit b of byte r is plane
+    8 r + b; past the last one the coefficient is zero), largest and whole fp32 [D] (of a dimension's coefficients the
+    largest, and their sum), codes uint8 [K, R], scale fp32 [K] with `unit` in it, bias fp32 [K]."""
 
     dimension: torch.Tensor
     coefficient: torch.Tensor
+    largest: torch.Tensor
+    whole: torch.Tensor
     codes: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor
@@ -41,36 +44,35 @@ class DevicePlanes:
     @classmethod
     def of(cls, planes: PlaneMatrix, device: torch.device) -> DevicePlanes:
         dimension, coefficient = planes.planes()
-        codes = np.ascontiguousarray(planes.codes).view(np.int16)  # rows are padded to two bytes
         scale = planes.scale.astype(np.float32) * np.float32(planes.unit)
+        largest, whole = np.zeros((2, planes.bits.size), np.float32)
+        np.maximum.at(largest, dimension, np.abs(coefficient))
+        np.add.at(whole, dimension, coefficient)
 
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         def by_bit(array: np.ndarray) -> torch.Tensor:
-            whole = np.zeros(16 * codes.shape[1], array.dtype)
-            whole[: array.size] = array
-            return put(whole.reshape(-1, 16).T)
+            padded = np.zeros(8 * planes.codes.shape[1], array.dtype)
+            padded[: array.size] = array
+            return put(padded.reshape(-1, 8).T)
 
         return cls(
             by_bit(dimension.astype(np.int32)),
             by_bit(coefficient),
-            put(codes),
+            put(largest),
+            put(whole),
+            put(planes.codes),
             put(scale),
             put(planes.bias.astype(np.float32)),
             planes.noise,
         )
 
-    @property
-    def num_words(self) -> int:
-        """R."""
-        return self.codes.shape[1]
-
 
 class DeviceSketch:
     """A layer's PlaneSketch on the device; its rows are the neurons from `first` on, the ones before are pinned.
 
-    dimension, coefficient [16, W]: of gate, where there is one, and up.
+    dimension, coefficient [8, W] of both matrices; largest [D] of both.
     """
 
     def __init__(self, sketch: PlaneSketch, device: torch.device) -> None:
@@ -84,11 +86,12 @@ class DeviceSketch:
         both = [self.up] if self.gate is None else [self.gate, self.up]
         self.dimension = torch.cat([p.dimension for p in both], dim=1)
         self.coefficient = torch.cat([p.coefficient for p in both], dim=1)
+        self.largest = torch.stack([p.largest for p in both]).amax(0)
         norm = sketch.down_norm
         self.down_norm = None if norm is None else torch.from_numpy(norm.astype(np.float32)).to(device)
 
     @property
-    def num_words(self) -> int:
+    def width(self) -> int:
         """W."""
         return self.dimension.shape[1]
 
@@ -96,41 +99,69 @@ class DeviceSketch:
     def num_bytes(self) -> int:
         """On the device: scales and biases are wider there than in the file."""
         planes = [self.up] if self.gate is None else [self.gate, self.up]
-        own = [t for p in planes for t in (p.codes, p.scale, p.bias)] + [self.dimension, self.coefficient]
-        return sum(t.nbytes for t in own) + (0 if self.down_norm is None else self.down_norm.nbytes)
+        own = [t for p in planes for t in (p.codes, p.scale, p.bias, p.whole)]
+        shared = [self.dimension, self.coefficient, self.largest]
+        return sum(t.nbytes for t in own + shared) + (0 if self.down_norm is None else self.down_norm.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Scratch. digits int8 [G, 8, 16, W]: columns 3 b to 3 b + 2 are row b of a group, the highest digit first; facts
+    fp32 [B, 3]: what a unit of the last digit is worth, and the sums of z of the first and of the second matrix."""
+
+    digits: torch.Tensor
+    facts: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, width: int, device: torch.device) -> Digits:
+        """For up to so many rows, and W up to `width`."""
+        digits = torch.zeros(triton.cdiv(rows, _ROWS) * 8 * _COLUMNS * width, dtype=torch.int8, device=device)
+        return cls(digits, torch.zeros(rows, _FACTS, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.digits.nbytes + self.facts.nbytes
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tables(  # type: ignore[no-untyped-def]
-    x, norm, dimension, coefficient, tables, h, eps, D: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
-    C: tl.constexpr, CHAINED: tl.constexpr,
+def _digits(  # type: ignore[no-untyped-def]
+    x, norm, dimension, coefficient, largest, whole1, whole2, digits, facts, h, eps, D: tl.constexpr,
+    WIDE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """tables[row, quarter, v, word] = sum over the quarter's planes of +-z as the bits of v say, of the row normed; the
-    row itself, normed, to h."""
+    """z = (x normed)[dimension] * coefficient in digits; x normed to h; the row's facts."""
     place, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1)
-    inside, value, column = place < WORDS, tl.arange(0, 16), tl.arange(0, WIDE)
-    after_others(CHAINED)
+    bit, column = tl.arange(0, 8), tl.arange(0, WIDE)
     there = column < D
+    inside = (place < WIDTH)[None, :] & (bit >= 0)[:, None]
+    at = bit[:, None] * WIDTH + place[None, :]
+    source, factor = tl.load(dimension + at, mask=inside, other=0), tl.load(coefficient + at, mask=inside, other=0.0)
+    weight, most = tl.load(norm + column, mask=there, other=0.0), tl.load(largest + column, mask=there, other=0.0)
+    factor *= tl.load(norm + source, mask=inside, other=0.0)
+    after_others(CHAINED)
+    z = tl.load(x + row * D + source, mask=inside, other=0.0) * factor
     xs = tl.load(x + row * D + column, mask=there, other=0.0)
     scale = tl.rsqrt(tl.sum(xs * xs, 0) / D + eps)
+    xs *= weight
+    unit = tl.maximum(tl.max(tl.abs(xs) * most, 0), 1e-30) / 8000000.0
     if tl.program_id(0) == 0:
-        tl.store(h + row * D + column, xs * scale * tl.load(norm + column, mask=there, other=0.0), mask=there)
-    for quarter in tl.static_range(4):
-        table = tl.zeros([16, C], tl.float32)
-        for bit in tl.static_range(4):
-            at = (4 * quarter + bit) * WORDS + place
-            source = tl.load(dimension + at, mask=inside, other=0)
-            z = tl.load(x + row * D + source, mask=inside, other=0.0) * tl.load(norm + source, mask=inside, other=0.0)
-            z *= tl.load(coefficient + at, mask=inside, other=0.0)
-            sign = (2 * ((value >> bit) & 1) - 1).to(tl.float32)
-            table += sign[:, None] * z[None, :]
-        to = tables + ((row * 4 + quarter) * 16 + value[:, None]) * WORDS + place[None, :]
-        tl.store(to, table * scale, mask=inside[None, :])
+        tl.store(h + row * D + column, xs * scale, mask=there)
+        tl.store(facts + row * 3, unit * scale)
+        tl.store(facts + row * 3 + 1, scale * tl.sum(xs * tl.load(whole1 + column, mask=there, other=0.0), 0))
+        tl.store(facts + row * 3 + 2, scale * tl.sum(xs * tl.load(whole2 + column, mask=there, other=0.0), 0))
+    number = (z / unit).to(tl.int32)
+    low = ((number + 128) & 255) - 128
+    number = (number - low) >> 8
+    middle = ((number + 128) & 255) - 128
+    high = (number - middle) >> 8
+    to = digits + (((row // 4) * 8 + bit[:, None]) * 16 + 3 * (row % 4)) * WIDTH + place[None, :]
+    tl.store(to, high.to(tl.int8), mask=inside)
+    tl.store(to + WIDTH, middle.to(tl.int8), mask=inside)
+    tl.store(to + 2 * WIDTH, low.to(tl.int8), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _fetched(codes, ids, there, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes of neurons, [N, C] words at a time."""
+    """The codes of neurons, [N, C] bytes at a time."""
     tiles = ()
     for i in tl.static_range(T):
         place = i * C + tl.arange(0, C)
@@ -140,19 +171,38 @@ def _fetched(codes, ids, there, R: tl.constexpr, C: tl.constexpr, T: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _looked_up(  # type: ignore[no-untyped-def]
-    tiles, tables, R: tl.constexpr, WORDS: tl.constexpr, N: tl.constexpr, C: tl.constexpr, T: tl.constexpr
-):
-    """Of each neuron, the sum of what its codes choose, fp32 [N]; tables [4, 16, WORDS]: its matrix's."""
-    sums, value = tl.zeros([N, C], tl.float32), tl.arange(0, 16)
+def _bit_of(byte, BIT: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0 or 1, int8: of four bytes of a register at once, which the compiler does not find by itself."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            f"shr.b32 $0, $1, {BIT}; and.b32 $0, $0, 0x01010101;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return ((byte >> BIT) & 1).to(tl.int8)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiplied(  # type: ignore[no-untyped-def]
+    tiles, digits, R: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """int32 [N, 16]: of each neuron, the sums of digits where its bits are set; digits [8, 16, WIDTH]: its matrix's."""
+    sums, column = tl.zeros([N, 16], tl.int32), tl.arange(0, 16)
     for i in tl.static_range(T):
         place = i * C + tl.arange(0, C)
-        word = tiles[i].to(tl.int32)
-        for quarter in tl.static_range(4):
-            at = (quarter * 16 + value[:, None]) * WORDS + place[None, :]
-            table = tl.load(tables + at, mask=(place < R)[None, :], other=0.0)
-            sums += tl.gather(table, (word >> (4 * quarter)) & 15, 0)
-    return tl.sum(sums, 1)
+        for bit in tl.static_range(8):
+            at = (bit * 16 + column[None, :]) * WIDTH + place[:, None]
+            digit = tl.load(digits + at, mask=(place < R)[:, None] & (column < 16)[None, :], other=0)
+            sums = tl.dot(_bit_of(tiles[i], bit, PACKED), digit, sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put_together(sums, row: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The three digits of a row of the group as one number, fp32 [N]."""
+    column = tl.arange(0, 16) - 3 * row
+    worth = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
+    return tl.sum(sums.to(tl.float32) * worth[None, :], 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -164,42 +214,53 @@ def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _masks(  # type: ignore[no-untyped-def]
-    tables, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold, gate_noise,
-    up_noise, num, first, num_neurons, gate_words: tl.constexpr, up_words: tl.constexpr, WORDS: tl.constexpr,
-    N: tl.constexpr, C: tl.constexpr, GATE_T: tl.constexpr, UP_T: tl.constexpr, ACT: tl.constexpr,
-    GATED: tl.constexpr, SCORED: tl.constexpr, CHAINED: tl.constexpr,
+    digits, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
+    gate_noise, up_noise, num, first, num_neurons, rows, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, GATE_T: tl.constexpr, UP_T: tl.constexpr,
+    ROWS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCORED: tl.constexpr, PACKED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    ids, row = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
+    ids, group = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     there = ids < num
-    up_tiles = _fetched(up_codes, ids, there, up_words, C, UP_T)
-    after_others(CHAINED)
-    own = tables + row * 64 * WORDS
-    up = _looked_up(up_tiles, own + WORDS - up_words, up_words, WORDS, N, C, UP_T)
-    up += tl.load(up_bias + ids, mask=there, other=0.0)
+    up_tiles = _fetched(up_codes, ids, there, up_bytes, C, UP_T)
+    own_up_scale, own_up_bias = (
+        tl.load(up_scale + ids, mask=there, other=0.0),
+        tl.load(up_bias + ids, mask=there, other=0.0),
+    )
     if GATED:
-        gate_tiles = _fetched(gate_codes, ids, there, gate_words, C, GATE_T)
-        centre = _looked_up(gate_tiles, own, gate_words, WORDS, N, C, GATE_T)
-        centre += tl.load(gate_bias + ids, mask=there, other=0.0)
-        scale = tl.load(gate_scale + ids, mask=there, other=0.0)
-        noise = gate_noise
-        size = tl.sqrt(up * up + up_noise * up_noise) * tl.load(up_scale + ids, mask=there, other=0.0)
+        own_scale, own_bias = (
+            tl.load(gate_scale + ids, mask=there, other=0.0),
+            tl.load(gate_bias + ids, mask=there, other=0.0),
+        )
     else:
-        centre, noise = up, up_noise
-        scale = tl.load(up_scale + ids, mask=there, other=0.0)
-        size = tl.load(norm + ids, mask=there, other=0.0)
-    spread = 1.7320508075688772 * noise
-    square = 0.6666666666666666 * _squared(centre * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
-    score = tl.sqrt(square) * size
-    if SCORED:
-        tl.store(scores + row * num + ids, score, mask=there)
-    tl.store(mask + row * num_neurons + first + ids, (score >= threshold).to(tl.uint8), mask=there)
-
-
-def table_numbers(rows: int, num_words: int) -> int:
-    """Of the buffer that `plane_masks` takes for so many rows."""
-    return rows * _QUARTERS * _SUMS * num_words
+        own_norm = tl.load(norm + ids, mask=there, other=0.0)
+    after_others(CHAINED)
+    own = digits + group * 128 * WIDTH
+    up_sums = _multiplied(up_tiles, own + WIDTH - up_bytes, up_bytes, WIDTH, N, C, UP_T, PACKED)
+    if GATED:
+        gate_tiles = _fetched(gate_codes, ids, there, gate_bytes, C, GATE_T)
+        gate_sums = _multiplied(gate_tiles, own, gate_bytes, WIDTH, N, C, GATE_T, PACKED)
+    for i in tl.static_range(ROWS):
+        row = group * 4 + i
+        unit = 2.0 * tl.load(facts + row * 3)
+        up = unit * _put_together(up_sums, i) - tl.load(facts + row * 3 + (2 if GATED else 1))
+        up += own_up_bias
+        if GATED:
+            centre = unit * _put_together(gate_sums, i) - tl.load(facts + row * 3 + 1)
+            centre += own_bias
+            scale, noise = own_scale, gate_noise
+            size = tl.sqrt(up * up + up_noise * up_noise) * own_up_scale
+        else:
+            centre, scale, noise, size = up, own_up_scale, up_noise, own_norm
+        spread = 1.7320508075688772 * noise
+        square = 0.6666666666666666 * _squared(centre * scale, ACT)
+        square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
+        square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
+        score = tl.sqrt(square) * size
+        stored = there & (row < rows)
+        if SCORED:
+            tl.store(scores + row * num + ids, score, mask=stored)
+        tl.store(mask + row * num_neurons + first + ids, (score >= threshold).to(tl.uint8), mask=stored)
 
 
 def plane_masks(
@@ -208,25 +269,25 @@ def plane_masks(
     eps: float,
     sketch: DeviceSketch,
     threshold: float,
-    tables: torch.Tensor,
+    scratch: Digits,
     h: torch.Tensor,
     mask: torch.Tensor,
     scores: torch.Tensor | None = None,
 ) -> None:
     """mask uint8 [B, F] of x fp32 [B, D] once it has passed an RMS norm: 1 where the score reaches the threshold, and
-    for neurons that have no sketch nothing is written. h fp32 [B, D]: gets x normed. tables fp32: at least
-    `table_numbers` of scratch. scores fp32 [B, K]: gets the scores."""
+    for neurons that have no sketch nothing is written. h fp32 [B, D]: gets x normed. scores fp32 [B, K]: gets the
+    scores."""
     up, gate, (rows, hidden) = sketch.up, sketch.gate, x.shape
-    first, words, num = up if gate is None else gate, sketch.num_words, up.codes.shape[0]
-    _tables[(triton.cdiv(words, _TABLE_WORDS), rows)](
-        x, norm, sketch.dimension, sketch.coefficient, tables, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden),
-        WORDS=words, C=_TABLE_WORDS, **chained(x),
+    first, width, num = up if gate is None else gate, sketch.width, up.codes.shape[0]
+    _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
+        x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
+        scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, **chained(x),
     )  # fmt: skip
-    _masks[(triton.cdiv(num, _NEURONS), rows)](
-        tables, first.codes, first.scale, first.bias, up.codes, up.scale, up.bias,
+    sizes = first.codes.shape[1], up.codes.shape[1]
+    _masks[(triton.cdiv(num, _NEURONS), triton.cdiv(rows, _ROWS))](
+        scratch.digits, scratch.facts, first.codes, first.scale, first.bias, up.codes, up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
-        threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, first.num_words, up.num_words,
-        WORDS=words, N=_NEURONS, C=_WORDS, GATE_T=triton.cdiv(first.num_words, _WORDS),
-        UP_T=triton.cdiv(up.num_words, _WORDS), ACT=ACTS[sketch.act], GATED=gate is not None,
-        SCORED=scores is not None, **chained(x),
+        threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, *sizes, WIDTH=width, N=_NEURONS,
+        C=_BYTES, GATE_T=triton.cdiv(sizes[0], _BYTES), UP_T=triton.cdiv(sizes[1], _BYTES), ROWS=min(rows, _ROWS),
+        ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None, PACKED=compiled(), **chained(x),
     )  # fmt: skip

@@ -21,9 +21,10 @@ from runtime.kernels.triton_act import ACTS, activated
 from runtime.kernels.triton_launch import after_others, chained
 
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
-SUMS = 128  # programs that sum a tile of the output, each its share of the neurons apart
-_FACTOR_PROGRAMS = 1056  # eight a processor of an H100
-_LISTED, _PAST = 1024, 32768  # neurons of a program that lists, and of those before that it counts at once
+_SUMS, _SUMS_FEW = 128, 256  # programs that sum the output, each its share of the neurons apart; of at most _FEW rows
+_FEW = 2
+_FACTOR_PROGRAMS = 2112  # sixteen a processor of an H100
+_LISTED, _PAST = 512, 32768  # neurons of a program that lists, and of those before that it counts at once
 _FETCHED = 16384  # weights of records that a program has under way, at most
 _TILES = (1024, 512, 256)  # of a vector at once
 _TYPES = {
@@ -37,18 +38,19 @@ _TYPES = {
 @dataclass(frozen=True, slots=True)
 class Records:
     """Where a layer's records are. home uint8 [F, stride] in (registered) main memory and slab uint8 [S, stride] on the
-    device; table int32 [F]: a neuron's slot, or -1."""
+    device; table int32 [F]: a neuron's slot, or -1. resident: all of them have one."""
 
     home: torch.Tensor
     slab: torch.Tensor
     table: torch.Tensor
     layout: BundleLayout
+    resident: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
     """Buffers that all layers share. ids int32 [F] and places int64 [F], the addresses of their records; count int32
-    [1]; h fp32 [B F]; partial fp32 [P B D]."""
+    [1]; h fp32 [B F]; partial fp32 [P B D], as `sums` counts."""
 
     ids: torch.Tensor
     places: torch.Tensor
@@ -64,13 +66,13 @@ class Scratch:
             torch.zeros(num_neurons, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(rows * num_neurons, device=device),
-            torch.zeros(programs(device) * rows * hidden, device=device),
+            torch.zeros(sums(rows) * hidden, device=device),
         )
 
 
-def programs(device: torch.device) -> int:
-    """P: few where they are interpreted one after the other."""
-    return SUMS if device.type == "cuda" else 3
+def sums(rows: int) -> int:
+    """P B, at most, of up to so many rows."""
+    return max(_SUMS * rows, _SUMS_FEW * min(rows, _FEW))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,18 +82,19 @@ def _list(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Each program writes ids and addresses of its block behind those of the blocks before, which it counts itself."""
     block = tl.program_id(0)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(table + place, mask=place < NUM, other=-1)
     after_others(CHAINED)
     before, predicted = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
     at = block * 0
     while at < block * BLOCK:
-        place = at + tl.arange(0, PAST)
+        earlier = at + tl.arange(0, PAST)
         taken = tl.zeros([PAST], tl.int32)
         for row in tl.static_range(B):
-            there = (place < block * BLOCK) & (tl.load(live + row) != 0)
-            taken |= tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32)
+            there = (earlier < block * BLOCK) & (tl.load(live + row) != 0)
+            taken |= tl.load(mask + row * NUM + earlier, mask=there, other=0).to(tl.int32)
         before += tl.sum(taken)
         at += PAST
-    place = block * BLOCK + tl.arange(0, BLOCK)
     taken = tl.zeros([BLOCK], tl.int32)
     for row in tl.static_range(B):
         there = (place < NUM) & (tl.load(live + row) != 0)
@@ -99,7 +102,6 @@ def _list(  # type: ignore[no-untyped-def]
         taken |= own
         predicted += tl.sum(own).to(tl.int64)
     k = before + tl.cumsum(taken, 0) - taken
-    slot = tl.load(table + place, mask=taken > 0, other=-1)
     wide = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + place.to(tl.int64) * stride)
     tl.store(ids + k, place, mask=taken > 0)
     tl.store(places + k, wide, mask=taken > 0)
@@ -137,12 +139,41 @@ def _dots(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _dots_in_turn(  # type: ignore[no-untyped-def]
+    record, there, x, row, at: tl.constexpr, D: tl.constexpr, N: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """As `_dots` of `_fetched`, a tile after the other: for rows so many that registers are short."""
+    pointer, sums = tl.multiple_of(record, ALIGN), tl.zeros([N, B, W], tl.float32)
+    for i in range(T):
+        column = i * W + tl.arange(0, W)
+        inside = column < D
+        xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
+        weight = tl.load(pointer[:, None] + at + column[None, :], mask=there[:, None] & inside[None, :], other=0)
+        sums += weight.to(tl.float32)[:, None, :] * xs[None, :, :]
+    return tl.sum(sums, 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _listed(ids, places, table, slab, home, stride, k, NUM: tl.constexpr, LISTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The k-th neurons of the list and their addresses, read beside its length, so that past it they mean nothing;
+    without a list, the k-th neurons."""
+    inside = k < NUM
+    if LISTED:
+        neuron, place = tl.load(ids + k, mask=inside, other=0), tl.load(places + k, mask=inside, other=0)
+    else:
+        neuron, slot = k, tl.load(table + k, mask=inside, other=-1)
+        place = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + k.to(tl.int64) * stride)
+    return neuron, place
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _factors(  # type: ignore[no-untyped-def]
     x, ids, places, count, mask, live, table, active_at, h, counters, slab, home, stride, NUM: tl.constexpr,
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, LISTED: tl.constexpr,
-    COUNTED: tl.constexpr, CHAINED: tl.constexpr,
+    COUNTED: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """h[row, k] = act(up . x), or act(gate . x) * (up . x), of the k-th listed neuron; 0 where the row wants it not.
     Without a list it is the k-th neuron, whose address is kept for `_down`."""
@@ -152,27 +183,29 @@ def _factors(  # type: ignore[no-untyped-def]
     active, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     total = tl.load(count) if LISTED else NUM * tl.max(alive.to(tl.int32), 0)
     first = tl.program_id(0) * N
+    k = first + tl.arange(0, N)
+    neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
     while first < total:
-        k = first + tl.arange(0, N)
         there = k < total
-        if LISTED:
-            neuron = tl.load(ids + k, mask=there, other=0)
-            place = tl.load(places + k, mask=there, other=0)
-        else:
-            neuron, slot = k, tl.load(table + k, mask=there, other=-1)
-            place = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + k.to(tl.int64) * stride)
+        if not LISTED:
             tl.store(places + k, place, mask=there)
-            hits += tl.sum(((slot >= 0) & there).to(tl.int64), 0)
+            hits += tl.sum(((place < home) | (place >= home + NUM * stride)).to(tl.int64) * there, 0)
         record = place.to(tl.pointer_type(TYPE))
-        tiles = _fetched(record, there, UP_AT, D, W, T, ALIGN)
-        if GATED:
-            gate_tiles = _fetched(record, there, GATE_AT, D, W, T, ALIGN)
-        up = _dots(tiles, x, row, D, N, B, W, T)
+        if AHEAD:
+            tiles = _fetched(record, there, UP_AT, D, W, T, ALIGN)
+            if GATED:
+                gate_tiles = _fetched(record, there, GATE_AT, D, W, T, ALIGN)
+            up = _dots(tiles, x, row, D, N, B, W, T)
+        else:
+            up = _dots_in_turn(record, there, x, row, UP_AT, D, N, B, W, T, ALIGN)
         if SCALED:
             up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = up
         if GATED:
-            z = _dots(gate_tiles, x, row, D, N, B, W, T)
+            if AHEAD:
+                z = _dots(gate_tiles, x, row, D, N, B, W, T)
+            else:
+                z = _dots_in_turn(record, there, x, row, GATE_AT, D, N, B, W, T, ALIGN)
             if SCALED:
                 z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = activated(z, ACT)
@@ -187,6 +220,8 @@ def _factors(  # type: ignore[no-untyped-def]
             reached = (tl.abs(value) >= least[:, None]) & (value != 0)
             active += tl.sum(tl.sum(reached.to(tl.int32), 1), 0).to(tl.int64)
         first += tl.num_programs(0) * N
+        k = first + tl.arange(0, N)
+        neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
     if COUNTED:
         tl.atomic_add(counters + 4, active)
     if not LISTED:
@@ -194,6 +229,14 @@ def _factors(  # type: ignore[no-untyped-def]
         if tl.program_id(0) == 0:
             tl.atomic_add(counters + 0, total.to(tl.int64))
             tl.store(count, total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _survivors(h, places, row, k, NUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Factors fp32 [N, B] and addresses of the k-th of the list, read beside its length: past it they mean nothing."""
+    inside = k < NUM
+    factor = tl.load(h + row[None, :] * NUM + k[:, None], mask=inside[:, None], other=0.0)
+    return factor, tl.load(places + k, mask=inside, other=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -211,11 +254,11 @@ def _down(  # type: ignore[no-untyped-def]
     misses, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     out = tl.zeros([B, W], tl.float32)
     first = program * N
+    k = first + tl.arange(0, N)
+    factor, place = _survivors(h, places, row, k, NUM)
     while first < total:
-        k = first + tl.arange(0, N)
-        factor = tl.load(h + row[:, None] * NUM + k[None, :], mask=(k < total)[None, :], other=0.0)  # [B, N]
-        wanted = tl.max((factor != 0).to(tl.int32), 0) != 0
-        place = tl.load(places + k, mask=k < total, other=0)
+        factor = tl.where((k < total)[:, None], factor, 0.0)
+        wanted = tl.max((factor != 0).to(tl.int32), 1) != 0
         resident = wanted & (place >= slab) & (place < slab_end)
         hits += tl.sum(resident.to(tl.int64), 0)
         misses += tl.sum((wanted & (resident == 0)).to(tl.int64), 0)
@@ -223,9 +266,11 @@ def _down(  # type: ignore[no-untyped-def]
         inside = wanted[:, None] & (column < D)[None, :]
         vector = tl.load(record[:, None] + DOWN_AT + column[None, :], mask=inside, other=0).to(tl.float32)  # [N, W]
         if SCALED:
-            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[None, :]
-        out += tl.sum(factor[:, :, None] * vector[None, :, :], 1)
+            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[:, None]
+        out += tl.sum(factor[:, :, None] * vector[:, None, :], 0)
         first += tl.num_programs(0) * N
+        k = first + tl.arange(0, N)
+        factor, place = _survivors(h, places, row, k, NUM)
     tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=(column < D)[None, :])
     if tl.program_id(1) == 0:
         tl.atomic_add(counters + 2, misses)
@@ -238,9 +283,10 @@ def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexp
     place, program = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, N)
     inside = place < size
     both = (program < P)[:, None] & inside[None, :]
+    before = tl.load(out + place, mask=inside, other=0.0)
     after_others(CHAINED)
     parts = tl.load(partial + program[:, None] * size + place[None, :], mask=both, other=0.0)
-    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + tl.sum(parts, 0), mask=inside)
+    tl.store(out + place, before + tl.sum(parts, 0), mask=inside)
 
 
 def add_ffn(
@@ -277,36 +323,47 @@ def add_ffn(
             mask, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home, stride,
             NUM=num, B=rows, BLOCK=_LISTED, PAST=past, num_warps=8, **chained(x),
         )  # fmt: skip
-    wide = _tile(hidden, rows)
-    together = _under_way(hidden * (2 if layout.gated else 1) * rows)
+    t = _tiling(rows, hidden, layout.gated, records.resident or mask is None)
     _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
         x, scratch.ids, scratch.places, scratch.count, masks, live, records.table,
         scratch.h if active_at is None else active_at, scratch.h, counters, slab, home, stride, NUM=num,
         GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
-        GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=together, W=wide, T=triton.cdiv(hidden, wide),
-        LISTED=mask is not None, COUNTED=active_at is not None, **kind, **chained(x),
-    )  # fmt: skip
-    wide = min(512, wide)
-    num_programs, size = programs(x.device), rows * hidden
-    _down[(num_programs, triton.cdiv(hidden, wide))](
-        scratch.h, scratch.places, scratch.count, scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num,
-        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=max(1, 16 // rows), W=wide, **kind,
+        GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=t.factors, W=t.wide, T=triton.cdiv(hidden, t.wide),
+        LISTED=mask is not None, COUNTED=active_at is not None, AHEAD=rows <= 4, num_warps=t.warps, **kind,
         **chained(x),
     )  # fmt: skip
+    programs, size = t.programs if cuda else 3, rows * hidden
+    _down[(programs, triton.cdiv(hidden, t.down_wide))](
+        scratch.h, scratch.places, scratch.count, scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num,
+        DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=t.down, W=t.down_wide,
+        num_warps=8 if t.down_wide > 1024 else 4, **kind, **chained(x),
+    )  # fmt: skip
     _reduce[(triton.cdiv(size, 32),)](
-        scratch.partial, out, size, P=num_programs, N=triton.next_power_of_2(num_programs), W=32, **chained(x)
+        scratch.partial, out, size, P=programs, N=triton.next_power_of_2(programs), W=32, **chained(x)
     )
 
 
-def _tile(hidden: int, rows: int) -> int:
-    """Of a vector at once: what leaves the least over; no more than 512 beside many rows."""
+@dataclass(frozen=True, slots=True)
+class _Tiling:
+    """Neurons whose gate and up are under way at once, and columns of these, for so many warps; the same of down, and
+    programs that sum."""
+
+    factors: int
+    wide: int
+    warps: int
+    down: int
+    down_wide: int
+    programs: int
+
+
+def _tiling(rows: int, hidden: int, gated: bool, resident: bool) -> _Tiling:
+    """Measured (benchmarks/LOG.md): over the link a program reads a record from its one end to the other, since pieces
+    of several in turn cost a seventh of the bandwidth; in GPU memory several at once are faster."""
     sizes = [w for w in _TILES if w <= 512 or rows <= 4]
-    return min(sizes, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
-
-
-def _under_way(numbers: int) -> int:
-    """Neurons whose loads are under way at once, a power of two; numbers: weights of one, times rows."""
+    wide = min(sizes, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
+    if rows <= _FEW and not resident and hidden <= 4096:
+        return _Tiling(1, wide, 2, 8 // rows, triton.next_power_of_2(hidden), _SUMS_FEW)
     together = 4
-    while together > 1 and together * numbers > _FETCHED:
+    while together > 1 and together * hidden * (2 if gated else 1) * rows > _FETCHED:
         together //= 2
-    return together
+    return _Tiling(together, wide, 4, max(1, 16 // rows), min(512, wide), _SUMS)

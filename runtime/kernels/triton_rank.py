@@ -11,8 +11,8 @@ import triton.language as tl
 
 from runtime.kernels.triton_launch import after_others, chained
 
-_COPYING = 64  # programs of a layer that copy
-_BLOCK = 1024  # words at once
+_COPYING = 128  # programs of a layer that copy
+_BLOCK = 4096  # words at once, at most
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -89,8 +89,17 @@ def rerank(
     count, lists = moves[0], moves[1:].view(2, -1)
     _rank[(layers,)](
         score, used, table, wanted, lists[0], lists[1], count, swapped, decay, favour, NUM=num,
-        WIDE=triton.next_power_of_2(num), num_warps=16 if num > 4096 else 4, **chained(score),
+        WIDE=triton.next_power_of_2(num), num_warps=32 if num > 4096 else 4, **chained(score),
     )  # fmt: skip
     _move[(layers, _COPYING)](
-        home, slab, table, lists[0], lists[1], count, NUM=num, WORDS=words, BLOCK=_BLOCK, **chained(score)
+        home,
+        slab,
+        table,
+        lists[0],
+        lists[1],
+        count,
+        NUM=num,
+        WORDS=words,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(words)),
+        **chained(score),
     )
