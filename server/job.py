@@ -88,7 +88,8 @@ def tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
     if body.messages is None:
         return tokenizer.encode(body.prompt or "", add_special=body.add_special_tokens)
     messages = [message.for_template() for message in body.messages]
-    return tokenizer.encode_parts(render_chat(tokenizer, messages, body.add_generation_prompt))
+    parts = render_chat(tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs)
+    return tokenizer.encode_parts(parts)
 
 
 def _check_format(body: GenerationBody) -> None:

@@ -52,6 +52,13 @@ _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+_TOKENIZE_REFUSALS: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "return_token_strs": (False,),
+    "tools": ([],),
+}
 _CHAT_ONLY_REFUSALS: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (1,), "prompt": ()}
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -326,6 +333,14 @@ class TokenizeBody(Body):
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            refuse(data, _TOKENIZE_REFUSALS)
+        return data
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:

@@ -415,6 +415,8 @@ def test_templates_render_as_in_transformers(template: str) -> None:
         ("/v1/chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": USER, "max_tokens": 0}, "max_tokens"),
         ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
+        ("/tokenize", {"messages": USER, "chat_template": "x"}, "chat_template"),
         ("/detokenize", {"tokens": [258]}, "tokens"),
     ],
 )
