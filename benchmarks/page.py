@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chromium import Chromium, wait_for
+from benchmarks.chromium import Chromium, is_installed, wait_for
 from benchmarks.serving import serving
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("serve", nargs="*", help="of `coldstream serve`: the model and options")
     arguments = parser.parse_args()
+    if not is_installed():
+        raise SystemExit("chromium or chromedriver is missing (Debian: apt-get install chromium chromium-driver)")
     with _server(arguments) as url:
         seen = {"chromium": _chromium_version(), **look(url, arguments.shot, arguments.tokens)}
     check(seen)
