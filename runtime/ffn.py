@@ -7,6 +7,7 @@ Shapes: N rows, D hidden, F neurons, K neurons of the union.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -84,6 +85,7 @@ class OffloadedFFN:
         self._active_at = active_at
         self._auditor = auditor
         self._streak = Streak(cache.file.num_layers)
+        self._computing_s = 0.0
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
         self._active = self._predicted = self._rows = self._overflow = self._switched = 0
 
@@ -102,11 +104,12 @@ class OffloadedFFN:
         if layer == 0:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
                 self._steps[kind] += 1
+        before_s = self._computing_s
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
         following = self._streamed_next(layer, kinds)
         if not (len(parts) == 1 and kinds[0] == "decode" and self._sparse(layer, parts[0], following)):
             self._streamed(layer, parts, following)
-        self._streak.left(layer)
+        self._streak.left(layer, self._computing_s - before_s)
         return [part.out for part in parts]
 
     def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
@@ -173,8 +176,8 @@ class OffloadedFFN:
         if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
             return False
         apart, whole = self._cache.volumes(layer, ids)
-        cost, ahead_s = self._cache.read_cost, self._streak.between_s
-        return prefer_stream(apart, whole, self._cache.file.layer_bytes, cost, ahead_s)
+        cost, streak = self._cache.read_cost, self._streak
+        return prefer_stream(apart, whole, self._cache.file.layer_bytes, cost, streak.between_s, streak.computing_s)
 
     def _read_apart(self, layer: int, part: _Part, mask: np.ndarray, ids: np.ndarray) -> bool:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
@@ -210,7 +213,9 @@ class OffloadedFFN:
     ) -> None:
         """out += the records at `offsets`, by our kernels; counts the active among them when a predictor chose them."""
         rows, arena = x.contiguous().numpy(), self._cache.arena
+        start_s = time.perf_counter()
         num = self._kernels.ffn(rows, arena, offsets, mask, self._layout, self._act_name, out.numpy(), active_at)
+        self._computing_s += time.perf_counter() - start_s
         if self._predictor is not None and active_at is not None:
             self._active += num
 

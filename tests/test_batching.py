@@ -222,5 +222,6 @@ def test_streaming_is_preferred_where_it_is_quicker() -> None:
     assert prefer_stream(ReadVolume(1500, 6_000_000), whole, 10_000_000, cost)  # 21 ms
     some = ReadVolume(400, 1_800_000)  # 6 ms, where the whole layer takes 10
     assert not prefer_stream(some, whole, 10_000_000, cost) and prefer_stream(some, whole, 10_000_000, cost, 6e-3)
+    assert not prefer_stream(some, whole, 10_000_000, cost, 6e-3, 7e-3)  # computing hides either
     assert not prefer_stream(ReadVolume(0, 0), ReadVolume(0, 0), 10_000_000, cost)  # all there: nothing is quicker
     assert not prefer_stream(ReadVolume(100, 400_000), ReadVolume(2, 500_000), 500_000_000, cost)  # much to copy
