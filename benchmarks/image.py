@@ -1,10 +1,11 @@
 """Hold a built image to what is said of it: its size, its user, no compiler, ready, an answer, a scrape, SIGTERM.
 
-    python -m benchmarks.image [--tag coldstream:local] [--json JSON] [-- COMMAND...]
+    python -m benchmarks.image [--tag coldstream:local] [--volume HOST:INSIDE]... [--json JSON] [-- COMMAND...]
 
 Runs it with buildah in chroot isolation, which needs root and no container engine; the network is the host's. Debian's
-`prometheus` scrapes it. COMMAND: of the image, in place of its own (`serve`). Exits with 1 and says what is wrong. The
-last line of standard output is one JSON object.
+`prometheus` scrapes it. COMMAND: of the image, in place of its own (`serve`). --volume: a directory that the container
+may read, e.g. a packed model, since packing takes minutes. Exits with 1 and says what is wrong. The last line of
+standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ def file_figures(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def running(name: str, command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def running(name: str, volumes: Sequence[str], command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The image's command under way, and where it listens."""
     port = _free_port()
-    run = ["buildah", "run", "--isolation", "chroot", "--env", f"COLDSTREAM_PORT={port}", name, "--"]
-    process = subprocess.Popen([*run, "coldstream", *(command or ["serve"])], env=os.environ | ENGINE)
+    run = ["buildah", "run", "--isolation", "chroot", "--env", f"COLDSTREAM_PORT={port}"]
+    run += [f"--volume={volume}:ro" for volume in volumes]
+    process = subprocess.Popen([*run, name, "--", "coldstream", *(command or ["serve"])], env=os.environ | ENGINE)
     try:
         yield process, f"127.0.0.1:{port}"
     finally:
@@ -133,10 +135,10 @@ def stopped(process: subprocess.Popen[bytes], address: str) -> dict[str, Any]:
     return {"stream": end, "exit_code": code, "seconds": round(time.monotonic() - start, 1)}
 
 
-def look(tag: str, command: Sequence[str]) -> dict[str, Any]:
+def look(tag: str, volumes: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
     with container(tag) as name:
         found = {"tag": tag, **file_figures(name)}
-        with running(name, command) as (process, address), prometheus(address) as url:
+        with running(name, volumes, command) as (process, address), prometheus(address) as url:
             found["ready_s"] = round(wait_until_ready(process, address), 1)
             found["uid"] = user_of(served_pid(process.pid))
             health = httpx.get(f"http://{address}/health", timeout=30).json()
@@ -164,10 +166,11 @@ def wrong(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tag", default="coldstream:local")
+    parser.add_argument("--volume", action="append", default=[])
     parser.add_argument("--json", type=Path)
     parser.add_argument("command", nargs="*")
     arguments = parser.parse_args()
-    found = look(arguments.tag, arguments.command)
+    found = look(arguments.tag, arguments.volume, arguments.command)
     found["wrong"] = wrong(found)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
