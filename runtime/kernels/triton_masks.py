@@ -190,10 +190,12 @@ def _multiplied(  # type: ignore[no-untyped-def]
     sums, column = tl.zeros([N, 16], tl.int32), tl.arange(0, 16)
     for i in tl.static_range(T):
         place = i * C + tl.arange(0, C)
-        for bit in tl.static_range(8):
+        inside, of_bits = (place < R)[:, None] & (column < 16)[None, :], ()
+        for bit in tl.static_range(8):  # all under way before the first is waited for
             at = (bit * 16 + column[None, :]) * WIDTH + place[:, None]
-            digit = tl.load(digits + at, mask=(place < R)[:, None] & (column < 16)[None, :], other=0)
-            sums = tl.dot(_bit_of(tiles[i], bit, PACKED), digit, sums, out_dtype=tl.int32)
+            of_bits += (tl.load(digits + at, mask=inside, other=0),)  # type: ignore[assignment]
+        for bit in tl.static_range(8):
+            sums = tl.dot(_bit_of(tiles[i], bit, PACKED), of_bits[bit], sums, out_dtype=tl.int32)
     return sums
 
 

@@ -23,7 +23,7 @@ from runtime.kernels.triton_launch import after_others, chained
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
 _SUMS, _SUMS_FEW = 128, 256  # programs that sum the output, each its share of the neurons apart; of at most _FEW rows
 _FEW = 2
-_FACTOR_PROGRAMS = 2112  # sixteen a processor of an H100
+_FACTOR_PROGRAMS, _FACTOR_PROGRAMS_ALONE = 1056, 2112  # eight a processor of an H100; of one neuron at a time
 _LISTED, _PAST = 512, 32768  # neurons of a program that lists, and of those before that it counts at once
 _FETCHED = 16384  # weights of records that a program has under way, at most
 _TILES = (1024, 512, 256)  # of a vector at once
@@ -324,7 +324,7 @@ def add_ffn(
             NUM=num, B=rows, BLOCK=_LISTED, PAST=past, num_warps=8, **chained(x),
         )  # fmt: skip
     t = _tiling(rows, hidden, layout.gated, records.resident or mask is None)
-    _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
+    _factors[((_FACTOR_PROGRAMS_ALONE if t.factors == 1 else _FACTOR_PROGRAMS) if cuda else 3,)](
         x, scratch.ids, scratch.places, scratch.count, masks, live, records.table,
         scratch.h if active_at is None else active_at, scratch.h, counters, slab, home, stride, NUM=num,
         GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
