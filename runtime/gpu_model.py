@@ -100,7 +100,9 @@ class GpuModel:
     def forward_together(
         self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]
     ) -> list[torch.Tensor | None]:
-        """As `runtime.model.Model.forward_together`; `check` is called before a graph and between a prompt's layers."""
+        """As `runtime.model.Model.forward_together`; `check` is called before a graph and between the layers of a
+        prompt. The logits of a decode batch that is the only one are lent, until the next call."""
+        alone = sum(b.kind == "decode" for b in batches) == 1
         prompts = [b for b in batches if b.kind != "decode"]
         logits = iter(self._prompts(prompts, kv, check) if prompts else ())
         out: list[torch.Tensor | None] = []
@@ -109,7 +111,8 @@ class GpuModel:
                 out.append(next(logits))
                 continue
             check()
-            out.append(self._decode(batch, kv))
+            logits_of = self._decode(batch, kv)
+            out.append(logits_of if alone or logits_of is None else logits_of.clone())
         for kind in {b.kind for b in batches}:
             self._steps["prefill" if kind == "prefill" else self._sparse_kind()] += 1
         return out
@@ -120,11 +123,13 @@ class GpuModel:
     # --- decode ---
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor | None:
-        """Logits fp32 [N, V] on the host."""
+        """Logits fp32 [N, V] on the host, the bucket's own where one step is enough."""
         most = self._sizes[-1]
-        num = len(batch.sequences)
-        starts = range(0, num, most)
-        parts = [self._decode_rows(batch if num <= most else _rows_of(batch, i, i + most), kv) for i in starts]
+        num, starts = len(batch.sequences), range(0, len(batch.sequences), most)
+        if num <= most:
+            parts = [self._decode_rows(batch, kv)]
+        else:
+            parts = [self._decode_rows(_rows_of(batch, i, i + most), kv).clone() for i in starts]
         self._rows += num * len(self._layers) if self._ffn.masks is not None else 0
         if batch.logits == "none":
             return None
@@ -149,7 +154,7 @@ class GpuModel:
         self._ffn.slots.stepped()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        return bucket.answer[:num].clone()
+        return bucket.answer[:num]
 
     def capture(self, kv: KVCache) -> None:
         """Graphs of all buckets, before the first request: compiling and capturing take seconds."""

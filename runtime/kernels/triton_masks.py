@@ -21,7 +21,7 @@ from runtime.kernels.triton_launch import after_others, chained, compiled
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 128  # of a row of codes at once
-_NEURONS = 64  # of a program
+_NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
 _COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
 
@@ -160,14 +160,31 @@ def _digits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fetched(codes, ids, there, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes of neurons, [N, C] bytes at a time."""
+def _codes(codes, ids, there, i: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The i-th C bytes of neurons' codes [N, C]."""
+    place = i * C + tl.arange(0, C)
+    at = codes + ids.to(tl.int64)[:, None] * R + place[None, :]
+    return tl.load(at, mask=there[:, None] & (place < R)[None, :], other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _first_codes(codes, ids, there, R: tl.constexpr, C: tl.constexpr, NUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first NUM of them."""
     tiles = ()
-    for i in tl.static_range(T):
-        place = i * C + tl.arange(0, C)
-        both = there[:, None] & (place < R)[None, :]
-        tiles += (tl.load(codes + ids.to(tl.int64)[:, None] * R + place[None, :], mask=both, other=0),)  # type: ignore[assignment]
+    for i in tl.static_range(NUM):
+        tiles += (_codes(codes, ids, there, i, R, C),)  # type: ignore[assignment]
     return tiles
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_bits(digits, i: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The digits [C, 16] of each of the eight bits of the i-th C bytes."""
+    place, column, found = i * C + tl.arange(0, C), tl.arange(0, 16), ()
+    inside = (place < R)[:, None] & (column < 16)[None, :]
+    for bit in tl.static_range(8):
+        at = (bit * 16 + column[None, :]) * WIDTH + place[:, None]
+        found += (tl.load(digits + at, mask=inside, other=0),)  # type: ignore[assignment]
+    return found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -183,19 +200,19 @@ def _bit_of(byte, BIT: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiplied(  # type: ignore[no-untyped-def]
-    tiles, digits, R: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
-    PACKED: tl.constexpr,
+    tiles, codes, ids, there, digits, R: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    T: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """int32 [N, 16]: of each neuron, the sums of digits where its bits are set; digits [8, 16, WIDTH]: its matrix's."""
-    sums, column = tl.zeros([N, 16], tl.int32), tl.arange(0, 16)
+    """int32 [N, 16]: of each neuron, the sums of digits where its bits are set; digits [8, 16, WIDTH]: its matrix's;
+    tiles: the first AHEAD of the codes. While a tile is multiplied, the next one's digits are under way."""
+    sums, of_bits = tl.zeros([N, 16], tl.int32), _of_bits(digits, 0, R, WIDTH, C)
     for i in tl.static_range(T):
-        place = i * C + tl.arange(0, C)
-        inside, of_bits = (place < R)[:, None] & (column < 16)[None, :], ()
-        for bit in tl.static_range(8):  # all under way before the first is waited for
-            at = (bit * 16 + column[None, :]) * WIDTH + place[:, None]
-            of_bits += (tl.load(digits + at, mask=inside, other=0),)  # type: ignore[assignment]
+        if i + 1 < T:
+            of_bits += _of_bits(digits, i + 1, R, WIDTH, C)
+        if i + AHEAD < T:
+            tiles += (_codes(codes, ids, there, i + AHEAD, R, C),)
         for bit in tl.static_range(8):
-            sums = tl.dot(_bit_of(tiles[i], bit, PACKED), of_bits[bit], sums, out_dtype=tl.int32)
+            sums = tl.dot(_bit_of(tiles[i], bit, PACKED), of_bits[8 * i + bit], sums, out_dtype=tl.int32)
     return sums
 
 
@@ -220,11 +237,13 @@ def _masks(  # type: ignore[no-untyped-def]
     gate_noise, up_noise, num, first, num_neurons, rows, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, GATE_T: tl.constexpr, UP_T: tl.constexpr,
     ROWS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCORED: tl.constexpr, PACKED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     ids, group = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     there = ids < num
-    up_tiles = _fetched(up_codes, ids, there, up_bytes, C, UP_T)
+    up_ahead: tl.constexpr = min(AHEAD, UP_T)
+    gate_ahead: tl.constexpr = min(AHEAD, GATE_T)
+    up_tiles = _first_codes(up_codes, ids, there, up_bytes, C, up_ahead)
     own_up_scale, own_up_bias = (
         tl.load(up_scale + ids, mask=there, other=0.0),
         tl.load(up_bias + ids, mask=there, other=0.0),
@@ -238,10 +257,14 @@ def _masks(  # type: ignore[no-untyped-def]
         own_norm = tl.load(norm + ids, mask=there, other=0.0)
     after_others(CHAINED)
     own = digits + group * 128 * WIDTH
-    up_sums = _multiplied(up_tiles, own + WIDTH - up_bytes, up_bytes, WIDTH, N, C, UP_T, PACKED)
+    up_sums = _multiplied(
+        up_tiles, up_codes, ids, there, own + WIDTH - up_bytes, up_bytes, WIDTH, N, C, UP_T, up_ahead, PACKED
+    )
     if GATED:
-        gate_tiles = _fetched(gate_codes, ids, there, gate_bytes, C, GATE_T)
-        gate_sums = _multiplied(gate_tiles, own, gate_bytes, WIDTH, N, C, GATE_T, PACKED)
+        gate_tiles = _first_codes(gate_codes, ids, there, gate_bytes, C, gate_ahead)
+        gate_sums = _multiplied(
+            gate_tiles, gate_codes, ids, there, own, gate_bytes, WIDTH, N, C, GATE_T, gate_ahead, PACKED
+        )
     for i in tl.static_range(ROWS):
         row = group * 4 + i
         unit = 2.0 * tl.load(facts + row * 3)
@@ -291,5 +314,6 @@ def plane_masks(
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
         threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, *sizes, WIDTH=width, N=_NEURONS,
         C=_BYTES, GATE_T=triton.cdiv(sizes[0], _BYTES), UP_T=triton.cdiv(sizes[1], _BYTES), ROWS=min(rows, _ROWS),
-        ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None, PACKED=compiled(), **chained(x),
+        ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None, PACKED=compiled(),
+        AHEAD=_AHEAD, **chained(x),
     )  # fmt: skip
