@@ -10,7 +10,7 @@ goes on. Here: split, assemble, evaluate. There: receive, train, fetch.
         /tmp/sparsify/teacher.gguf --work /tmp/sparsify --tokens N --out "$OUT"                # on four GPUs
     python3 benchmarks/sparsify_gpu.py fetch --name relu2-gated --work /tmp/sparsify --first 0 --count 4 --out "$OUT"
     python benchmarks/sparsify_gpu.py assemble --from DIR --model MODEL --out CHECKPOINT
-    python benchmarks/sparsify_gpu.py evaluate --model MODEL --student CHECKPOINT --active 0.08 --text FILE ...
+    python benchmarks/sparsify_gpu.py evaluate --model MODEL --student CHECKPOINT --active 0.08 --heldout FILE
 `train` ends at --total-seconds, after its command said so or when all is done; the last line is one JSON object. The
 steps are chosen once, from a short timing, to fill --minutes of training. Figures: perplexity of held-out prose and of
 texts that the teacher wrote with another seed, for the student dense, with thresholds, and with neurons chosen by 4-bit
@@ -409,32 +409,26 @@ def assemble(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """A student on disk beside its teacher, at any share of active neurons: on given texts and the teacher's own."""
+    """A student on disk beside its teacher, on texts that the teacher writes here, at any share of active neurons; and
+    the teacher's perplexity on the windows of the curve, the student's on those of its figures."""
     checkpoint, cpu = open_checkpoint(options.model), torch.device("cpu")
-    tokenizer, config = Tokenizer.from_checkpoint(checkpoint), checkpoint.config
-    recipe = Recipe()
-    teacher, student = (
-        load_teacher(c, recipe.window, cpu, torch.float32) for c in (checkpoint, open_checkpoint(options.student))
+    tokenizer, recipe = Tokenizer.from_checkpoint(checkpoint), Recipe()
+    sources = (checkpoint, open_checkpoint(options.student))
+    teacher, student = (load_teacher(source, recipe.window, cpu, torch.float32) for source in sources)
+    measured = (TEXTS / "calibration.txt", options.heldout)
+    material = job.read_material(tokenizer, checkpoint.config, recipe, [options.heldout], openers(tokenizer), measured)
+    forced = material.prompts.forced(options.samples, recipe.window, SAMPLE_SEED)
+    texts = SelfSampler(teacher, options.samples, recipe.window).sample(
+        forced, torch.full((options.samples,), 0.9), SAMPLE_SEED
     )
-    measured = (TEXTS / "calibration.txt", options.text[0])
-    material = job.read_material(tokenizer, config, recipe, options.text, openers(tokenizer), measured)
-    forced = material.prompts.forced(SAMPLES, recipe.window, SAMPLE_SEED)
-    texts = {
-        "samples": SelfSampler(teacher, SAMPLES, recipe.window).sample(forced, torch.full((SAMPLES,), 0.9), SAMPLE_SEED)
-    }
-    for text in options.text:
-        texts[text.name] = _whole_windows(tokenizer, text, recipe.window)
-    found: dict[str, Any] = {"curve": {"perplexity_teacher": perplexity(teacher, material.heldout[:CURVE_WINDOWS])[0]}}
-    for name, tokens in texts.items():
-        found[name] = {"perplexity_teacher": perplexity(teacher, tokens)[0]}
-        for active in options.active:
-            result = job.result_of(student, material.calibration, tokens, active)
-            result["over_teacher_percent"] = 100 * (
-                result["perplexity_predicted"] / found[name]["perplexity_teacher"] - 1
-            )
-            found[name][f"active {active:g}"] = {k: v for k, v in result.items() if k != "top_shares"}
-        print(json.dumps({name: found[name]}), flush=True)
-    return found
+    samples: dict[str, Any] = {"num": options.samples, "perplexity_teacher": perplexity(teacher, texts)[0]}
+    for active in options.active:
+        found = job.result_of(student, material.calibration, texts, active)
+        found["over_teacher_percent"] = 100 * (found["perplexity_predicted"] / samples["perplexity_teacher"] - 1)
+        samples[f"active {active:g}"] = {k: v for k, v in found.items() if k != "top_shares"}
+    curve = perplexity(teacher, material.heldout[:CURVE_WINDOWS])[0]
+    prose = perplexity(student, material.heldout)[0]  # after the way through int8, and in fp32
+    return {"samples": samples, "curve": {"perplexity_teacher": curve}, "prose": {"perplexity_dense": prose}}
 
 
 def restored(name: str, parts: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
@@ -494,7 +488,8 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--model", required=True)
     one.add_argument("--student", required=True)
     one.add_argument("--active", type=float, nargs="+", default=[0.08])
-    one.add_argument("--text", type=Path, nargs="+", required=True, help="held-out texts, the curve's first")
+    one.add_argument("--samples", type=int, default=SAMPLES, help="texts of 512 tokens")
+    one.add_argument("--heldout", type=Path, required=True, help="of the curve; some texts begin as it does")
     return parser.parse_args()
 
 
