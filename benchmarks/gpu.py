@@ -182,7 +182,7 @@ def gpu_tests() -> Figures:
     """`pytest -m gpu` of the files that have such tests (others may want packages that are not there), counted."""
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if _MARK in p.read_text()]
     at_once = (
-        ["-p", "no:benchmark", "-n", "8"] if find_spec("xdist") else []
+        ["-p", "no:benchmark", "-n", "12"] if find_spec("xdist") else []
     )  # most of the time goes into compiling kernels
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *at_once, *files]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

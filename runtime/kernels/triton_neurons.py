@@ -115,9 +115,13 @@ def _list(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fetched(record, there, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The vectors that lie `at` words behind their records' addresses [N], [N, W] at a time, all under way at once."""
-    pointer, tiles = tl.multiple_of(record, ALIGN), ()
+def _fetched(  # type: ignore[no-untyped-def]
+    place, there, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The vectors that lie `at` numbers behind the addresses [N] of their records, [N, W] at a time, all under way at
+    once."""
+    pointer, tiles = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN), ()
     for i in tl.static_range(T):
         column = i * W + tl.arange(0, W)
         both = there[:, None] & (column < D)[None, :]
@@ -127,30 +131,25 @@ def _fetched(record, there, at: tl.constexpr, D: tl.constexpr, W: tl.constexpr, 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dots(  # type: ignore[no-untyped-def]
-    tiles, x, row, D: tl.constexpr, N: tl.constexpr, B: tl.constexpr, W: tl.constexpr, T: tl.constexpr
-):
-    """x [B, D] times the vectors, fp32 [N, B]."""
-    sums = tl.zeros([N, B, W], tl.float32)
-    for i in tl.static_range(T):
-        column = i * W + tl.arange(0, W)
-        xs = tl.load(x + row[:, None] * D + column[None, :], mask=(column < D)[None, :], other=0.0)
-        sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
-    return tl.sum(sums, 2)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _dots_in_turn(  # type: ignore[no-untyped-def]
-    record, there, x, row, at: tl.constexpr, D: tl.constexpr, N: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
-    T: tl.constexpr, ALIGN: tl.constexpr,
+    tiles, place, there, x, row, at: tl.constexpr, D: tl.constexpr, N: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr, AHEAD_T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """As `_dots` of `_fetched`, a tile after the other: for rows so many that registers are short."""
-    pointer, sums = tl.multiple_of(record, ALIGN), tl.zeros([N, B, W], tl.float32)
-    for i in range(T):
-        column = i * W + tl.arange(0, W)
-        inside = column < D
-        xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
-        weight = tl.load(pointer[:, None] + at + column[None, :], mask=there[:, None] & inside[None, :], other=0)
-        sums += weight.to(tl.float32)[:, None, :] * xs[None, :, :]
+    """x [B, D] times the vectors, fp32 [N, B]; with no tiles ahead, they are read one after the other: rows are so many
+    then that registers are short."""
+    sums = tl.zeros([N, B, W], tl.float32)
+    if AHEAD_T > 0:
+        for i in tl.static_range(T):
+            column = i * W + tl.arange(0, W)
+            xs = tl.load(x + row[:, None] * D + column[None, :], mask=(column < D)[None, :], other=0.0)
+            sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
+    else:
+        pointer = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN)
+        for i in range(T):
+            column = i * W + tl.arange(0, W)
+            inside = column < D
+            xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
+            weight = tl.load(pointer[:, None] + at + column[None, :], mask=there[:, None] & inside[None, :], other=0)
+            sums += weight.to(tl.float32)[:, None, :] * xs[None, :, :]
     return tl.sum(sums, 2)
 
 
@@ -173,39 +172,37 @@ def _factors(  # type: ignore[no-untyped-def]
     GATE_AT: tl.constexpr, UP_AT: tl.constexpr, GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, LISTED: tl.constexpr,
-    COUNTED: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    COUNTED: tl.constexpr, AHEAD_T: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """h[row, k] = act(up . x), or act(gate . x) * (up . x), of the k-th listed neuron; 0 where the row wants it not.
     Without a list it is the k-th neuron, whose address is kept for `_down`."""
     row = tl.arange(0, B)
-    after_others(CHAINED)
     alive = tl.load(live + row) != 0
-    active, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
-    total = tl.load(count) if LISTED else NUM * tl.max(alive.to(tl.int32), 0)
     first = tl.program_id(0) * N
     k = first + tl.arange(0, N)
+    if LISTED:
+        after_others(CHAINED)
+        total = tl.load(count)
+    else:
+        total = NUM * tl.max(alive.to(tl.int32), 0)
+    active, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
+    tiles = _fetched(place, k < total, UP_AT, D, W, AHEAD_T, TYPE, ALIGN)
+    if not LISTED:  # where all records are, and who is padding, is known from before
+        after_others(CHAINED)
     while first < total:
         there = k < total
         if not LISTED:
             tl.store(places + k, place, mask=there)
             hits += tl.sum(((place < home) | (place >= home + NUM * stride)).to(tl.int64) * there, 0)
-        record = place.to(tl.pointer_type(TYPE))
-        if AHEAD:
-            tiles = _fetched(record, there, UP_AT, D, W, T, ALIGN)
-            if GATED:
-                gate_tiles = _fetched(record, there, GATE_AT, D, W, T, ALIGN)
-            up = _dots(tiles, x, row, D, N, B, W, T)
-        else:
-            up = _dots_in_turn(record, there, x, row, UP_AT, D, N, B, W, T, ALIGN)
+        if GATED:
+            gate_tiles = _fetched(place, there, GATE_AT, D, W, AHEAD_T, TYPE, ALIGN)
+        up = _dots(tiles, place, there, x, row, UP_AT, D, N, B, W, T, AHEAD_T, TYPE, ALIGN)
         if SCALED:
             up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = up
         if GATED:
-            if AHEAD:
-                z = _dots(gate_tiles, x, row, D, N, B, W, T)
-            else:
-                z = _dots_in_turn(record, there, x, row, GATE_AT, D, N, B, W, T, ALIGN)
+            z = _dots(gate_tiles, place, there, x, row, GATE_AT, D, N, B, W, T, AHEAD_T, TYPE, ALIGN)
             if SCALED:
                 z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = activated(z, ACT)
@@ -222,6 +219,7 @@ def _factors(  # type: ignore[no-untyped-def]
         first += tl.num_programs(0) * N
         k = first + tl.arange(0, N)
         neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
+        tiles = _fetched(place, k < total, UP_AT, D, W, AHEAD_T, TYPE, ALIGN)
     if COUNTED:
         tl.atomic_add(counters + 4, active)
     if not LISTED:
@@ -329,7 +327,8 @@ def add_ffn(
         scratch.h if active_at is None else active_at, scratch.h, counters, slab, home, stride, NUM=num,
         GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
         GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, N=t.factors, W=t.wide, T=triton.cdiv(hidden, t.wide),
-        LISTED=mask is not None, COUNTED=active_at is not None, AHEAD=rows <= 4, num_warps=t.warps, **kind,
+        LISTED=mask is not None, COUNTED=active_at is not None,
+        AHEAD_T=triton.cdiv(hidden, t.wide) if rows <= 4 else 0, num_warps=t.warps, **kind,
         **chained(x),
     )  # fmt: skip
     programs, size = t.programs if cuda else 3, rows * hidden
