@@ -4,7 +4,8 @@
 
 Streams are windows of the held-out text, each prefilled and then decoded together, their tokens given in (greedy text
 loops and flatters every cache). Variants take turns within each round; figures are medians over the rounds. `sparse`
-chooses by layer between reading the union apart and streaming; `sparse apart` may not choose. Prints a table, writes
+chooses between reading the union apart and streaming, by step and by layer, what it tries for that included; `sparse
+apart` may not choose. Prints a table, writes
 benchmarks/results/batching.json, ends in one JSON line. Knows the runtime, not the server.
 """
 
@@ -30,6 +31,7 @@ from runtime.batch import Batch, SequenceView
 from runtime.kv_cache import KVCache
 from runtime.load import Loaded, LoadOptions, default_heldout, load
 from runtime.plan import FfnCache
+from runtime.step_choice import StepChoice
 
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "batching.json"
 PROMPT_TOKENS = 32
@@ -43,6 +45,7 @@ class Variant:
     name: str
     loaded: Loaded
     cost: ReadCost
+    choice: StepChoice | None  # between the two ways of a sparse step
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ def open_variants(model: str, ffn_cache: FfnCache, max_num_seqs: int) -> list[Va
 
     dense, sparse = opened("dense"), opened("sparse")
     return [
-        Variant("dense", dense, dense.cache.read_cost),
-        Variant("sparse", sparse, sparse.cache.read_cost),
-        Variant("sparse apart", sparse, _FREE),
+        Variant("dense", dense, dense.cache.read_cost, None),
+        Variant("sparse", sparse, sparse.cache.read_cost, StepChoice()),
+        Variant("sparse apart", sparse, _FREE, None),
     ]
 
 
@@ -123,6 +126,7 @@ def run(variant: Variant, texts: list[list[int]]) -> Sample:
     """Prefills the beginnings of the streams, then times the steps of all of them together."""
     loaded = variant.loaded
     loaded.cache.read_cost = variant.cost
+    loaded.model._ffn.choice = variant.choice
     num_tokens = len(texts[0])
     kv, manager = loaded.new_kv()
     tables = [manager.allocate(num_tokens) for _ in texts]

@@ -355,17 +355,6 @@ class NeuronCache:
             for left in under_way:  # closed early: the buffer must come to rest
                 self._abandon(left)
 
-    def foresee(self, layer: int) -> None:
-        """Starts reading the first chunks of a layer that will probably be streamed next, as `following` does.
-
-        A hint: whoever asks for something else waits until they have come, and they are counted as wasted.
-        """
-        self._one_user()
-        self._take_ahead(-1)
-        self._take_begun(-1)
-        self._begin_stream(layer, 0)
-        self._begin_second()
-
     def pin(self, layer: int, ids: np.ndarray) -> None:
         """These neurons never leave the slots that `warm` gives them. At most as many as the layer has slots."""
         if ids.size > self._slots_per_layer[layer]:

@@ -7,7 +7,6 @@ Shapes: N rows, D hidden, F neurons, K neurons of the union.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,10 +21,11 @@ from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
 from runtime.predictor import Predictor
-from runtime.read_cost import prefer_stream
-from runtime.streak import Streak
+from runtime.read_cost import reading_seconds
+from runtime.step_choice import StepChoice
 
 _WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
+_HOPELESS = 1.5  # times the time of reading apart: streaming that should take longer is not tried
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 
@@ -84,8 +84,8 @@ class OffloadedFFN:
         self._adds_in_order = kernels.name != "reference"  # neuron by neuron, so that a sum may be made in pieces
         self._active_at = active_at
         self._auditor = auditor
-        self._streak = Streak(cache.file.num_layers)
-        self._computing_s = 0.0
+        self.choice: StepChoice | None = StepChoice()  # None: never to stream a whole step, for measurements
+        self._expected_s = np.zeros(2)  # of this step's layers that were chosen for: reading apart, streaming
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
         self._active = self._predicted = self._rows = self._overflow = self._switched = 0
 
@@ -104,12 +104,16 @@ class OffloadedFFN:
         if layer == 0:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
                 self._steps[kind] += 1
-        before_s = self._computing_s
+        sparse = kinds[0] == "decode" and len(xs) == 1 and self._predictor is not None
+        if layer == 0 and sparse and self.choice is not None:
+            self.choice.begin(xs[0].shape[0])
+            self._expected_s[:] = 0.0
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
         following = self._streamed_next(layer, kinds)
-        if not (len(parts) == 1 and kinds[0] == "decode" and self._sparse(layer, parts[0], following)):
+        if not (sparse and self._sparse(layer, parts[0])):
             self._streamed(layer, parts, following)
-        self._streak.left(layer, self._computing_s - before_s)
+        if layer == self._cache.file.num_layers - 1 and sparse and self.choice is not None:
+            self.choice.end(hopeful=bool(self._expected_s[1] < _HOPELESS * self._expected_s[0]))
         return [part.out for part in parts]
 
     def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
@@ -123,7 +127,8 @@ class OffloadedFFN:
         if guess is None:
             return
         ids = np.flatnonzero(guess.any(axis=0)).astype(np.int32)
-        if not self._prefers_whole(layer, ids):
+        apart_s, whole_s = self._reading_seconds(layer, ids)
+        if whole_s >= apart_s:
             self._cache.prefetch(layer, ids)
 
     def _step_kind(self, kind: BatchKind) -> str:
@@ -150,34 +155,30 @@ class OffloadedFFN:
         self._rows += x.shape[0]
         return mask
 
-    def _sparse(self, layer: int, part: _Part, following: int | None) -> bool:
-        """Reads the union of the rows' sets apart, where that is quicker and fits staging; False where it is not done.
-
-        Begins to read `following`, the layer that is likely to be streamed next.
-        """
+    def _sparse(self, layer: int, part: _Part) -> bool:
+        """Reads the union of the rows' sets apart, where that is chosen and fits staging; False where not."""
         if part.mask is None:
             return False
-        ids = np.flatnonzero(part.mask.any(axis=0)).astype(np.int32)
-        if not self._reads_apart(layer, ids) or not self._read_apart(layer, part, part.mask, ids):
+        if self.choice is not None and self.choice.streams:
+            self._switched += 1
             return False
-        if following is not None:
-            self._cache.foresee(following)
-        return True
+        ids = np.flatnonzero(part.mask.any(axis=0)).astype(np.int32)
+        return self._reads_apart(layer, ids) and self._read_apart(layer, part, part.mask, ids)
 
     def _reads_apart(self, layer: int, ids: np.ndarray) -> bool:
         """Whether reading the absent of `ids` record by record is quicker than the whole layer; counts where not."""
-        self._streak.asked(layer)
-        whole = self._prefers_whole(layer, ids)
-        self._streak.streamed[layer] = whole
-        self._switched += whole
-        return not whole
+        apart_s, whole_s = self._reading_seconds(layer, ids)
+        self._expected_s += apart_s, whole_s
+        self._switched += whole_s < apart_s
+        return whole_s >= apart_s
 
-    def _prefers_whole(self, layer: int, ids: np.ndarray) -> bool:
-        if ids.size < _FEW_NEURONS * self._cache.file.num_neurons:
-            return False
-        apart, whole = self._cache.volumes(layer, ids)
-        cost, streak = self._cache.read_cost, self._streak
-        return prefer_stream(apart, whole, self._cache.file.layer_bytes, cost, streak.between_s, streak.computing_s)
+    def _reading_seconds(self, layer: int, ids: np.ndarray) -> tuple[float, float]:
+        """What reading apart and streaming should take; few neurons are not worth the question."""
+        cache = self._cache
+        if ids.size < _FEW_NEURONS * cache.file.num_neurons:
+            return 0.0, cache.file.layer_bytes * cache.read_cost.byte_s
+        apart, whole = cache.volumes(layer, ids)
+        return reading_seconds(apart, whole, cache.file.layer_bytes, cache.read_cost)
 
     def _read_apart(self, layer: int, part: _Part, mask: np.ndarray, ids: np.ndarray) -> bool:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
@@ -213,20 +214,18 @@ class OffloadedFFN:
     ) -> None:
         """out += the records at `offsets`, by our kernels; counts the active among them when a predictor chose them."""
         rows, arena = x.contiguous().numpy(), self._cache.arena
-        start_s = time.perf_counter()
         num = self._kernels.ffn(rows, arena, offsets, mask, self._layout, self._act_name, out.numpy(), active_at)
-        self._computing_s += time.perf_counter() - start_s
         if self._predictor is not None and active_at is not None:
             self._active += num
 
     def _streamed_next(self, layer: int, kinds: Sequence[BatchKind]) -> int | None:
-        """The layer after this one where it will be streamed: for prompts and in company; else if it was last time."""
+        """The layer after this one where it will be streamed: for prompts, in company, and where steps are streamed."""
         following = (layer + 1) % self._cache.file.num_layers
         if self._predictor is None:
             return following
         if len(kinds) > 1 or kinds[0] != "decode":
             return following or None  # what comes after this step is not known
-        return following if self._streak.streamed[following] else None
+        return following if self.choice is not None and self.choice.streams else None
 
     def _streamed(self, layer: int, parts: Sequence[_Part], following: int | None) -> None:
         """Adds the whole layer, in chunks that are read once for all parts, to each part's `out`."""

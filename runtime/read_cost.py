@@ -14,29 +14,18 @@ from cache.device_curve import ReadCost
 from cache.reader import ReadVolume, plan_reads
 
 _HANDLING_BYTE_S = 0.05e-9  # seconds of checking or copying a byte, however it came: 20 GB/s (benchmarks/LOG.md)
-_WORTH_IT = 0.9  # of a layer's time: bytes that nobody needs are read for no less, others may want the disk
 _STAGING = 1 << 62  # bytes: nothing is refused here
 
 
-def prefer_stream(
-    apart: ReadVolume,
-    whole: ReadVolume,
-    layer_bytes: int,
-    cost: ReadCost,
-    between_s: float = 0.0,
-    computing_s: float = 0.0,
-) -> bool:
-    """Whether streaming a layer and masking it is quicker than reading the misses of a union of active sets.
+def reading_seconds(apart: ReadVolume, whole: ReadVolume, layer_bytes: int, cost: ReadCost) -> tuple[float, float]:
+    """Seconds of reading the misses of a union of active sets apart, and of streaming the layer and masking it.
 
-    apart: reads of the misses; whole: reads of all that is absent, which go on for the `between_s` seconds before the
-    set is known: a layer that is streamed step by step is begun while attention and the predictor are computed.
-    Computing what is read takes `computing_s` and hides behind reads, or they behind it. Streaming handles the bytes of
-    the whole layer, the resident ones too.
+    apart: reads of the misses; whole: reads of all that is absent. Streaming handles the bytes of the whole layer, the
+    resident ones too. Computing hides behind reads; how much cannot be told, so that it is left out.
     """
-    apart_s = max(cost.seconds(apart.num_requests, apart.num_bytes), computing_s) + apart.num_bytes * _HANDLING_BYTE_S
-    reading_s = cost.seconds(whole.num_requests, whole.num_bytes) - between_s
-    whole_s = max(reading_s, computing_s) + layer_bytes * _HANDLING_BYTE_S
-    return apart.num_requests > 0 and between_s + whole_s < _WORTH_IT * (between_s + apart_s)
+    apart_s = cost.seconds(apart.num_requests, apart.num_bytes) + apart.num_bytes * _HANDLING_BYTE_S
+    whole_s = cost.seconds(whole.num_requests, whole.num_bytes) + layer_bytes * _HANDLING_BYTE_S
+    return apart_s if apart.num_requests else 0.0, whole_s
 
 
 def read_cost(

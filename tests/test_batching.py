@@ -17,8 +17,9 @@ from cache.reader import ReadVolume, plan_reads, volume
 from runtime.batch import Batch, BatchKind, LogitsKind, SequenceView
 from runtime.load import Loaded, LoadOptions, load, prepare
 from runtime.plan import FfnCache
-from runtime.read_cost import prefer_stream
+from runtime.read_cost import reading_seconds
 from runtime.request import FinishReason, Request, SamplingParams, TokenEvent
+from runtime.step_choice import StepChoice, _Known
 
 MODES = ("dense", "sparse")
 
@@ -120,8 +121,17 @@ def test_reading_apart_and_streaming_give_the_same_numbers(packed: Path) -> None
         before = loaded.model.counters().switched
         found.append(loaded.model.forward(batch, kv, lambda: None))
         switched.append(loaded.model.counters().switched - before)
-    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
-    assert switched == [0, loaded.model.config.num_hidden_layers]
+    ffn = loaded.model._ffn
+    ffn.choice = StepChoice(lambda: 0.0)
+    ffn.choice._by_rows[2] = _Known(streams=True)
+    for _ in range(2):  # the second time all is begun ahead
+        before = loaded.model.counters().switched
+        found.append(loaded.model.forward(batch, kv, lambda: None))
+        switched.append(loaded.model.counters().switched - before)
+    first = found[0]
+    assert first is not None and all(other is not None and torch.equal(first, other) for other in found[1:])
+    layers = loaded.model.config.num_hidden_layers
+    assert switched == [0, layers, layers, layers]
     loaded.close()
 
 
@@ -215,13 +225,56 @@ def test_a_volume_is_what_the_planned_reads_come_to() -> None:
     assert volume(starts[:0], 1728, 512, 0) == ReadVolume(0, 0)
 
 
-def test_streaming_is_preferred_where_it_is_quicker() -> None:
+def test_reading_is_priced_by_requests_and_bytes() -> None:
     cost = ReadCost(batch_s=1e-4, request_s=1e-5, byte_s=1e-9)
     whole = ReadVolume(4, 10_000_000)  # 10 ms
-    assert not prefer_stream(ReadVolume(100, 400_000), whole, 10_000_000, cost)  # 1.5 ms
-    assert prefer_stream(ReadVolume(1500, 6_000_000), whole, 10_000_000, cost)  # 21 ms
-    some = ReadVolume(400, 1_800_000)  # 6 ms, where the whole layer takes 10
-    assert not prefer_stream(some, whole, 10_000_000, cost) and prefer_stream(some, whole, 10_000_000, cost, 6e-3)
-    assert not prefer_stream(some, whole, 10_000_000, cost, 6e-3, 7e-3)  # computing hides either
-    assert not prefer_stream(ReadVolume(0, 0), ReadVolume(0, 0), 10_000_000, cost)  # all there: nothing is quicker
-    assert not prefer_stream(ReadVolume(100, 400_000), ReadVolume(2, 500_000), 500_000_000, cost)  # much to copy
+    apart_s, whole_s = reading_seconds(ReadVolume(100, 400_000), whole, 10_000_000, cost)
+    assert 1.5e-3 < apart_s < 1.6e-3 and 10e-3 < whole_s < 11e-3
+    apart_s, whole_s = reading_seconds(ReadVolume(1500, 6_000_000), whole, 10_000_000, cost)
+    assert apart_s > 21e-3 > whole_s
+    apart_s, whole_s = reading_seconds(ReadVolume(0, 0), ReadVolume(0, 0), 10_000_000, cost)
+    assert apart_s == 0 < whole_s  # all there: nothing is quicker
+    apart_s, whole_s = reading_seconds(ReadVolume(100, 400_000), ReadVolume(2, 500_000), 500_000_000, cost)
+    assert apart_s < whole_s  # much to copy
+
+
+class Clock:
+    """Time that passes as each way takes it."""
+
+    def __init__(self, by_layer_s: float, streamed_s: float) -> None:
+        self.now, self.seconds = 0.0, {False: by_layer_s, True: streamed_s}
+        self.choice = StepChoice(lambda: self.now)
+
+    def steps(self, num: int, rows: int = 8, hopeful: bool = True) -> list[bool]:
+        """Which of the steps were streamed."""
+        found = []
+        for _ in range(num):
+            self.choice.begin(rows)
+            found.append(self.choice.streams)
+            self.now += self.seconds[self.choice.streams]
+            self.choice.end(hopeful)
+        return found
+
+
+@pytest.mark.parametrize(("streamed_s", "streams"), [(0.5, True), (2.0, False)])
+def test_the_quicker_way_is_taken_after_both_were_tried(streamed_s: float, streams: bool) -> None:
+    clock = Clock(1.0, streamed_s)
+    assert clock.steps(6) == [False] * 3 + [True] * 3
+    assert clock.steps(64) == [streams] * 64
+    assert clock.steps(3) == [not streams] * 3  # tried again
+    assert clock.steps(64) == [streams] * 64
+    clock.seconds = {streams: 9.0, not streams: 1.0}  # another disk
+    assert sum(clock.steps(300)) > 200 if not streams else sum(clock.steps(300)) < 100
+
+
+def test_what_is_hopeless_is_never_tried_and_other_numbers_of_rows_are_known_apart() -> None:
+    clock = Clock(1.0, 0.1)
+    assert not any(clock.steps(300, rows=1, hopeful=False))
+    assert clock.steps(7, rows=16)[-1] and clock.steps(2, rows=17) == [True, True] and not clock.steps(1, rows=1)[0]
+
+
+def test_a_step_that_was_cut_is_not_timed() -> None:
+    clock = Clock(1.0, 2.0)
+    clock.choice.begin(8)
+    clock.now += 100.0  # cancelled
+    assert clock.steps(6) == [False] * 3 + [True] * 3 and clock.steps(64) == [False] * 64
