@@ -47,6 +47,7 @@ PROVOKE_S = 60  # within which some request must meet a fault
 ANSWER_S = 120  # within which the next request must be answered: behind a full queue, and one that a slow disk has left
 ALL = 1_000_000_000  # reads
 GROWTH = 1.05  # of resident memory, after the first quarter
+SAMPLE_S = 30  # between two looks at the resident memory
 TIMEOUT = httpx.Timeout(180.0)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
 BAD_BODIES: tuple[bytes, ...] = (
@@ -458,6 +459,47 @@ def check_exit(served: Served, books: Books) -> float:
     return time.monotonic() - start
 
 
+def touch_all(url: str) -> None:
+    """Prompts as long as the context, as many at once as run, other tokens each time: KV, the arena and the scratch
+    memory have been written once, and what is resident afterwards grows by a leak only."""
+
+    def ask(seed: int) -> None:
+        ids = random.Random(seed).choices(range(100, 5000), k=CONTEXT - 8)
+        body = {"prompt": ids, "max_tokens": 4, "ignore_eos": True}
+        httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT).raise_for_status()
+
+    for turn in range(2):
+        threads = [threading.Thread(target=ask, args=(turn * RUNNING + i,)) for i in range(RUNNING)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+class Levels:
+    """Resident bytes of a process by the second, from a thread of its own, until the block's end."""
+
+    def __init__(self, pid: int) -> None:
+        self.series: list[tuple[int, int]] = []
+        self._pid, self._stop = pid, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while True:
+            self.series.append((round(time.monotonic() - start), process_levels(self._pid)[0]))
+            if self._stop.wait(SAMPLE_S):
+                return
+
+    def __enter__(self) -> Levels:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
 @contextmanager
 def clients(url: str, books: Books, num: int, seed: int) -> Iterator[None]:
     """`num` clients at work for the time of the block."""
@@ -477,10 +519,11 @@ def soak(served: Served, seconds: float, num_clients: int, seed: int) -> dict[st
     """Runs it all against a server that is ready."""
     books = Books()
     served.tell("home")
+    touch_all(served.url)
     before, (_, descriptors) = scrape(served.url), process_levels(served.process.pid)
     faults = Faults(served, books, _home(served))
     end_s, pause_s = time.monotonic() + seconds, max(3.0, seconds / 60)
-    with clients(served.url, books, num_clients, seed):
+    with Levels(served.process.pid) as levels, clients(served.url, books, num_clients, seed):
         faults.run(end_s - 0.75 * seconds, pause_s)
         early_bytes, _ = process_levels(served.process.pid)
         faults.run(end_s, pause_s)
@@ -506,6 +549,7 @@ def soak(served: Served, seconds: float, num_clients: int, seed: int) -> dict[st
         "faulted": books.faulted,
         "faults": dict(faults.happened),
         "resident_bytes": [early_bytes, late_bytes],
+        "resident_series": levels.series,
         "descriptors": [descriptors, late_descriptors],
         "exit_s": round(exit_s, 2),
         "wrong": books.wrong,
