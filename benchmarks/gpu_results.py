@@ -19,7 +19,7 @@ BROKEN = 75  # exit code of a process whose CUDA context no longer works: what f
 
 
 class Results:
-    """`steps`: figures by name, with the seconds that they took; `errors`: tracebacks by name."""
+    """`steps`: figures by name, with the seconds that they took and their commit; `errors`: tracebacks by name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,8 @@ class Results:
             if context_is_broken():
                 sys.exit(BROKEN)
             return None
-        figures |= {"measured_in_s": round(time.monotonic() - begin, 2)}
+        commit = data["runs"][-1]["commit"] if data["runs"] else ""
+        figures |= {"measured_in_s": round(time.monotonic() - begin, 2), "commit": commit}
         self._keep("steps", name, figures)
         say(f"{name}: {json.dumps(figures)[:600]}")
         return figures

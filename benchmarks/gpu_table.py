@@ -44,7 +44,6 @@ def decode_rows(steps: Figures) -> Iterator[str]:
 
 def beside(steps: Figures) -> Iterator[str]:
     """What the decode rows are to be held against, a sentence each."""
-    yield from _lists(steps)
     yield from _peers(steps)
     yield from _dense(steps)
     yield from _batches(steps)
@@ -56,31 +55,22 @@ def beside(steps: Figures) -> Iterator[str]:
             f"{larger / p['seconds']:.0%} of the larger."
         )
     yield from _served(steps)
-    if (t := steps.get("tests")) is not None:
-        yield f"`pytest -m gpu`: {t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped."
-
-
-def _lists(steps: Figures) -> Iterator[str]:
-    found = [(p, steps[f"afm-4.5b by ids {p} %"]) for p in RESIDENCIES if f"afm-4.5b by ids {p} %" in steps]
-    if found:
-        each = (f"{f['tokens_per_s']:.0f} tokens/s at {p} % ({f['over_floor']:.2f}x its floor)" for p, f in found)
-        yield (
-            "Those rows are of kernels that went through whole masks. Kernels that list the neurons first, in the same "
-            f"run around attention in plain PyTorch: {', '.join(each)}. Lists are what is served since; rows of theirs "
-            "wait for the next run."
-        )
+    for name in ("tests", "tests of kernels and slots"):
+        if (t := steps.get(name)) is not None:
+            counts = f"{t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped"
+            yield f"`pytest -m gpu`{name.removeprefix('tests')}: {counts}."
 
 
 def _peers(steps: Figures) -> Iterator[str]:
-    ours = {"ours": steps.get("afm-4.5b decode 20 %"), "by lists": steps.get("afm-4.5b by ids 20 %")}
+    ours = steps.get("afm-4.5b decode 20 %")
     for name, what in (
         ("afm-4.5b streaming 20 %", "whole layers streamed from registered memory"),
         ("accelerate", "`accelerate` CPU offload with transformers"),
     ):
-        if name in steps:
+        if name in steps and ours is not None:
             speed = steps[name]["tokens_per_s"]
-            times = (f"{who} {f['tokens_per_s'] / speed:.1f}x" for who, f in ours.items() if f is not None)
-            yield f"Under the cap of the 20 % row: {what}, {speed:.3g} tokens/s; {', '.join(times)} that."
+            times = ours["tokens_per_s"] / speed
+            yield f"Under the cap of the 20 % row: {what}, {speed:.3g} tokens/s; ours {times:.0f}x that."
 
 
 def _dense(steps: Figures) -> Iterator[str]:
@@ -126,8 +116,20 @@ def footnote(data: Figures) -> str:
             f"; measured in the run: pinned copy {ceilings['pinned_copy_bytes_per_s'] / 1e9:.1f} GB/s, kernels reading "
             f"main memory {zero / 1e9:.1f}, GPU memory {max(ceilings['read_bytes_per_s'].values()) / 1e9:.0f}"
         )
+    for commit, names in older(data["steps"], last["commit"]).items():
+        found += f"; of commit `{commit[:12]}`: {', '.join(names)}"
     what = "Floor: bytes missed and bytes resident over those bandwidths"
     return f"{found}. {what}. Written by `python -m benchmarks.gpu_table`."
+
+
+def older(steps: Figures, last: str) -> dict[str, list[str]]:
+    """By commit, the steps that another commit than the last one measured; profiles are not shown."""
+    found: dict[str, list[str]] = {}
+    for name, figures in steps.items():
+        commit = figures.get("commit", last)
+        if commit != last and not name.startswith("profile "):
+            found.setdefault(commit, []).append(name)
+    return found
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-_KERNELS = 88  # small ones that a layer's step comes to beside its bytes: 3.25 ms of 36 layers (benchmarks/LOG.md)
+# Small kernels that a layer's step comes to beside its bytes: 1.6 ms of 36 layers, 0.65 dense (benchmarks/LOG.md).
+_KERNELS, _KERNELS_DENSE = 44, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def gpu_forecast(
     hits, misses = float(needed[resident].sum()), float(needed[~resident].sum())
     link_s = misses * record_bytes / machine.zero_copy_bytes_per_s
     read_s = (other_bytes + hits * record_bytes) / machine.read_bytes_per_s
-    compute_s = read_s + frequency.shape[0] * _KERNELS * machine.kernel_s
+    kernels = _KERNELS_DENSE if dense else _KERNELS
+    compute_s = read_s + frequency.shape[0] * kernels * machine.kernel_s
     share = hits / max(hits + misses, 1e-9)
     return GpuForecast(1 / (link_s + compute_s), link_s, compute_s, misses * record_bytes, share)
