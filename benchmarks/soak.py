@@ -48,7 +48,8 @@ ANSWER_S = 120  # within which the next request must be answered: behind a full 
 ALL = 1_000_000_000  # reads
 GROWTH = 1.05  # of resident memory, after the first quarter
 SAMPLE_S = 30  # between two looks at the resident memory
-TIMEOUT = httpx.Timeout(180.0)
+TIMEOUT_S = 180.0
+TIMEOUT = httpx.Timeout(TIMEOUT_S)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
 BAD_BODIES: tuple[bytes, ...] = (
     *(b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": 1}', b'{"prompt": "a", "n": 0}', b'{"prompt": "a", "tools": [1]}'),
@@ -466,7 +467,7 @@ def touch_all(url: str) -> None:
     def ask(seed: int) -> None:
         ids = random.Random(seed).choices(range(100, 5000), k=CONTEXT - 8)
         body = {"prompt": ids, "max_tokens": 4, "ignore_eos": True}
-        httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT).raise_for_status()
+        httpx.post(f"{url}/v1/completions", json=body, timeout=5 * TIMEOUT_S).raise_for_status()
 
     for turn in range(2):
         threads = [threading.Thread(target=ask, args=(turn * RUNNING + i,)) for i in range(RUNNING)]
