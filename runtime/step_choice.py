@@ -6,12 +6,14 @@ So both ways are timed now and then. Knows rows and seconds; not layers. Nothing
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _TRY = 3  # steps; the first after a change is not timed, since nothing was read ahead for it, or the wrong thing
 _STAY = 64  # steps until the other way is tried again
+_WORTH_IT = 0.95  # of the time: streaming reads what nobody needs, and others may want the disk
 
 
 @dataclass(slots=True)
@@ -58,7 +60,8 @@ class StepChoice:
 def _turn(now: _Known, hopeful: bool) -> None:
     """The time of a way is over: after a try the quicker one is taken, else the other one is tried."""
     if now.trying:
-        now.streams, now.trying, now.left = min(now.seconds, key=now.seconds.__getitem__, default=False), False, _STAY
+        by_layer_s, streamed_s = (now.seconds.get(way, math.inf) for way in (False, True))
+        now.streams, now.trying, now.left = streamed_s < _WORTH_IT * by_layer_s, False, _STAY
     elif now.streams or hopeful:
         now.streams, now.trying, now.left = not now.streams, True, _TRY
     else:

@@ -256,7 +256,7 @@ class Clock:
         return found
 
 
-@pytest.mark.parametrize(("streamed_s", "streams"), [(0.5, True), (2.0, False)])
+@pytest.mark.parametrize(("streamed_s", "streams"), [(0.5, True), (0.97, False), (2.0, False)])
 def test_the_quicker_way_is_taken_after_both_were_tried(streamed_s: float, streams: bool) -> None:
     clock = Clock(1.0, streamed_s)
     assert clock.steps(6) == [False] * 3 + [True] * 3
