@@ -25,6 +25,7 @@ from runtime.read_cost import reading_seconds
 from runtime.step_choice import StepChoice
 
 _WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
+_ALONE = 2.0  # times slower reading apart must be before one row's step streams: who runs alone wants little read
 _HOPELESS = 1.5  # times the time of reading apart: streaming that should take longer is not tried
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
@@ -85,6 +86,7 @@ class OffloadedFFN:
         self._active_at = active_at
         self._auditor = auditor
         self.choice: StepChoice | None = StepChoice()  # None: never to stream a whole step, for measurements
+        self._chosen: StepChoice | None = None  # `choice`, in a step of more than one row
         self._expected_s = np.zeros(2)  # of this step's layers that were chosen for: reading apart, streaming
         self._steps = {"sparse": 0, "dense": 0, "prefill": 0}
         self._active = self._predicted = self._rows = self._overflow = self._switched = 0
@@ -105,15 +107,17 @@ class OffloadedFFN:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
                 self._steps[kind] += 1
         sparse = kinds[0] == "decode" and len(xs) == 1 and self._predictor is not None
-        if layer == 0 and sparse and self.choice is not None:
-            self.choice.begin(xs[0].shape[0])
+        if layer == 0:
+            self._chosen = self.choice if sparse and xs[0].shape[0] > 1 else None
             self._expected_s[:] = 0.0
+            if self._chosen is not None:
+                self._chosen.begin(xs[0].shape[0])
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
         following = self._streamed_next(layer, kinds)
         if not (sparse and self._sparse(layer, parts[0])):
             self._streamed(layer, parts, following)
-        if layer == self._cache.file.num_layers - 1 and sparse and self.choice is not None:
-            self.choice.end(hopeful=bool(self._expected_s[1] < _HOPELESS * self._expected_s[0]))
+        if layer == self._cache.file.num_layers - 1 and self._chosen is not None:
+            self._chosen.end(hopeful=bool(self._expected_s[1] < _HOPELESS * self._expected_s[0]))
         return [part.out for part in parts]
 
     def look_ahead(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> None:
@@ -159,18 +163,22 @@ class OffloadedFFN:
         """Reads the union of the rows' sets apart, where that is chosen and fits staging; False where not."""
         if part.mask is None:
             return False
-        if self.choice is not None and self.choice.streams:
+        if self._chosen is not None and self._chosen.streams:
             self._switched += 1
             return False
         ids = np.flatnonzero(part.mask.any(axis=0)).astype(np.int32)
-        return self._reads_apart(layer, ids) and self._read_apart(layer, part, part.mask, ids)
+        return self._reads_apart(layer, ids, alone=part.x.shape[0] == 1) and self._read_apart(
+            layer, part, part.mask, ids
+        )
 
-    def _reads_apart(self, layer: int, ids: np.ndarray) -> bool:
-        """Whether reading the absent of `ids` record by record is quicker than the whole layer; counts where not."""
+    def _reads_apart(self, layer: int, ids: np.ndarray, alone: bool) -> bool:
+        """Whether reading the absent of `ids` record by record is quicker than the whole layer, or, alone, not far
+        slower; counts where not."""
         apart_s, whole_s = self._reading_seconds(layer, ids)
         self._expected_s += apart_s, whole_s
-        self._switched += whole_s < apart_s
-        return whole_s >= apart_s
+        streams = whole_s * (_ALONE if alone else 1.0) < apart_s
+        self._switched += streams
+        return not streams
 
     def _reading_seconds(self, layer: int, ids: np.ndarray) -> tuple[float, float]:
         """What reading apart and streaming should take; few neurons are not worth the question."""
@@ -225,7 +233,7 @@ class OffloadedFFN:
             return following
         if len(kinds) > 1 or kinds[0] != "decode":
             return following or None  # what comes after this step is not known
-        return following if self.choice is not None and self.choice.streams else None
+        return following if self._chosen is not None and self._chosen.streams else None
 
     def _streamed(self, layer: int, parts: Sequence[_Part], following: int | None) -> None:
         """Adds the whole layer, in chunks that are read once for all parts, to each part's `out`."""

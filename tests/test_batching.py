@@ -135,6 +135,25 @@ def test_reading_apart_and_streaming_give_the_same_numbers(packed: Path) -> None
     loaded.close()
 
 
+def test_a_row_alone_reads_apart_unless_that_is_far_slower(packed: Path) -> None:
+    loaded = serve(packed, "sparse", start=False)
+    kv, blocks = loaded.new_kv()
+    table = blocks.allocate(12)
+    loaded.model.forward(part("prefill", random_ids(11, 0), 0, table, "none"), kv, lambda: None)
+    alone = Batch("decode", torch.full((1,), 5), torch.full((1,), 11), (SequenceView(table, 11, 1),), "last")
+    ffn = loaded.model._ffn
+    ffn.choice = StepChoice(lambda: 0.0)
+    ffn.choice._by_rows[1] = _Known(streams=True)  # what company has found is nothing to a row alone
+    times, switched = (1.5, 3.0), []
+    for slower in times:
+        ffn._reading_seconds = lambda layer, ids, slower=slower: (slower, 1.0)
+        before = loaded.model.counters().switched
+        loaded.model.forward(alone, kv, lambda: None)
+        switched.append(loaded.model.counters().switched - before)
+    assert switched == [0, loaded.model.config.num_hidden_layers]
+    loaded.close()
+
+
 # -- requests of an engine ------------------------------------------------------------------------------------------
 
 SYSTEM = tuple(random_ids(150, 100))  # what many prompts begin with: two chunks and a bit
