@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from cache.errors import ColdstreamError
 from server.app import create_app
+from server.arenas import limit_arenas
 from server.async_engine import AsyncEngine, LoadedModel
 from server.config import ServerConfig
 from server.load_bar import LoadBar
@@ -75,6 +76,7 @@ class Server:
 
     def run(self) -> int:
         """Serves until a signal; returns the exit code. Raises ColdstreamError when the model cannot be loaded."""
+        limit_arenas()
         listener = listen(self._settings.host, self._settings.port)
         self._url = url_of(self._settings.host, listener.getsockname()[1])
         self._say(f"listening on {self._url}; loading {self._model}")
