@@ -24,7 +24,7 @@ from cache.bundle import BundleLayout, checksum_weights
 from cache.device_curve import DeviceCurve, cost_and_gap
 from cache.errors import ReadError
 from cache.policy import DecayedFrequency, choose_swaps
-from cache.reader import Reader, ReaderInfo, ReadPlan, ReadResult, ReadVolume, plan_reads, volume_of_absent
+from cache.reader import Reader, ReaderInfo, ReadPlan, ReadVolume, plan_reads, volume_of_absent
 from cache.records import copy_records, first_bad_record
 from cache.stats import READ_SIZE_BOUNDS, CacheSnapshot, Histogram, TierSnapshot, TransferSnapshot
 from cache.store import BundleFile
@@ -163,6 +163,7 @@ class NeuronCache:
         self._policy = DecayedFrequency(frequency)
         self._counts = _Counts()
         self._read_sizes = Histogram(READ_SIZE_BOUNDS)
+        self._under_way: dict[int, np.ndarray] = {}  # ticket -> bytes of each of its reads
         self._leases = 0
         self._file_bytes = file.path.stat().st_size
         ahead_bytes = self._staging_bytes // 4 // _PAGE * _PAGE if lookahead else 0
@@ -484,32 +485,35 @@ class NeuronCache:
         self._wait(self._submit(plan, plan.arena_offsets))
 
     def _submit(self, plan: ReadPlan, arena_offsets: np.ndarray) -> int:
-        self._observe_sizes(plan)
-        return self._reader.submit(plan.offsets, plan.lengths, arena_offsets)
+        return self._send(plan.offsets, plan.lengths, arena_offsets)
 
     def _submit_in_pieces(self, plan: ReadPlan) -> deque[tuple[int, slice]]:
         """(ticket, which of the plan's records it brings), one after another."""
-        self._observe_sizes(plan)
         places = plan.arena_offsets
         return deque(
-            (self._reader.submit(plan.offsets[reads], plan.lengths[reads], places[reads]), records)
+            (self._send(plan.offsets[reads], plan.lengths[reads], places[reads]), records)
             for reads, records in plan.pieces(_PIECE_BYTES, _MOST_PIECES)
         )
 
-    def _observe_sizes(self, plan: ReadPlan) -> None:
-        self._read_sizes.observe_all(np.minimum(plan.lengths, self._file_bytes - plan.offsets))  # the last may be short
+    def _send(self, offsets: np.ndarray, lengths: np.ndarray, arena_offsets: np.ndarray) -> int:
+        ticket = self._reader.submit(offsets, lengths, arena_offsets)
+        self._under_way[ticket] = np.minimum(lengths, self._file_bytes - offsets)  # the last may be short
+        return ticket
 
     def _wait(self, ticket: int) -> None:
-        start = time.perf_counter()
-        result = self._reader.wait(ticket)
-        self._account(result, stalled=time.perf_counter() - start)
+        self._account(ticket, stalls_since=time.perf_counter())
 
-    def _account(self, result: ReadResult, stalled: float) -> None:
+    def _account(self, ticket: int, stalls_since: float | None) -> None:
+        """Waits, and counts what came: bytes and sizes together, so that they add up whatever is under way."""
+        sizes = self._under_way.pop(ticket)
+        result = self._reader.wait(ticket)
+        self._read_sizes.observe_all(sizes)
         c = self._counts
         c.read_bytes += result.num_bytes
         c.requests += result.num_requests
         c.read_s += result.seconds
-        c.stall_s += stalled
+        if stalls_since is not None:
+            c.stall_s += time.perf_counter() - stalls_since
 
     def _verify(self, layer: int, ids: np.ndarray, offsets: np.ndarray) -> None:
         """Raises ReadError for the first record whose checksum is wrong: damaged bytes are never computed with."""
@@ -626,4 +630,4 @@ class NeuronCache:
         """Waits until a chunk that nobody wants has come to rest. A failure is nobody's error."""
         if pending.ticket is not None:
             with contextlib.suppress(ReadError):
-                self._account(self._reader.wait(pending.ticket), stalled=0.0)
+                self._account(pending.ticket, stalls_since=None)

@@ -381,6 +381,15 @@ def test_a_piece_that_fails_leaves_no_read_under_way(
 # -- one stream after another -----------------------------------------------------------------------------------------
 
 
+def test_bytes_and_sizes_of_reads_add_up_while_some_are_under_way(file: BundleFile) -> None:
+    cache = make(file, 0)
+    for following in (1, None):
+        list(cache.stream(0, following))  # the first leaves reads of layer 1 under way
+        found = cache.snapshot()
+        assert found.read_sizes["disk"].sum == found.transfers["disk", "cpu"].bytes > 0
+    cache.close()
+
+
 def test_a_stream_that_was_foreseen_is_read_once_and_right(file: BundleFile) -> None:
     """Right and wrong foresight, streams closed early, leases between: bytes are right and counters add up."""
     cache = make(file, 40)
