@@ -35,7 +35,8 @@ _TITLES = {
     "served": lambda r: (
         f"sparse, CETT {r['contract']['cett']:g}" if _is_sparse(r) else "dense: sparse saves too little"
     ),
-    "perplexity over dense": _increase,
+    "unseen tokens through the engine": lambda r: f"{r['quality']['tokens_scored']:,}",
+    "perplexity over dense, paired": _increase,
     "the same over HTTP, first windows": _http,
     "read a token, of dense streaming": lambda r: f"{100 * r['decode']['bytes_share']:.1f} %",
     "seconds a token, of dense streaming": lambda r: f"{r['decode']['time_ratio']:.2f}",
@@ -47,10 +48,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [f"| | {' | '.join(r['model'] for r in results)} |", f"|---|{'--:|' * len(results)}"]
     lines += [f"| {title} | {' | '.join(cell(r) for r in results)} |" for title, cell in _TITLES.items()]
     first = results[0]
-    quality = first["quality"]
     note = (
         f"Both modes with {100 * first['ffn_share']:.0f} % of the FFN's bytes in memory, the predictor's among them; "
-        f"{quality['tokens_scored']:,} tokens of `{quality['text']}`, paired, ± standard error; {first['date'][:10]}. "
+        f"tokens of `{first['quality']['text']}`, ± standard error; {first['date'][:10]}. "
         "Written by `python -m benchmarks.contract_table`, measured by `python -m benchmarks.contract`."
     )
     return "\n".join([*lines, "", note])
