@@ -7,7 +7,7 @@ field that is known but not supported is refused, unless its value asks for noth
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -81,8 +81,16 @@ class Body(BaseModel):
     """What all bodies share. Kinds are strict: "1" is no number, and true is none either."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+    _refused: ClassVar[dict[str, tuple[Any, ...]]] = {}  # name -> the values that ask for nothing
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            refuse(data, cls._refused)
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -135,6 +143,8 @@ class ResponseFormat(BaseModel):
 class GenerationBody(Body):
     """What completions and chat share: how tokens are chosen, when to stop, how the answer is sent."""
 
+    _refused = _NOT_SUPPORTED
+
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -151,13 +161,6 @@ class GenerationBody(Body):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: dict[str, float] = Field(default_factory=dict, json_schema_extra=_BIASES)
     response_format: ResponseFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_by_name(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            refuse(data, _NOT_SUPPORTED)
-        return data
 
     @field_validator("stop")
     @classmethod
@@ -299,6 +302,8 @@ def _text(content: Any) -> Any:
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    _refused = {**_CHAT_ONLY_REFUSALS, **_NOT_SUPPORTED}
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -306,13 +311,6 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_completions_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            refuse(data, _CHAT_ONLY_REFUSALS)
-        return data
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
@@ -329,18 +327,13 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """POST /tokenize: a text, or a chat as its template renders it."""
 
+    _refused = _TOKENIZE_REFUSALS
+
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_by_name(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            refuse(data, _TOKENIZE_REFUSALS)
-        return data
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
