@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from benchmarks.gpu_results import BROKEN, Figures, Results, say
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 49152
 _MARK = "mark.gpu"
+TEST_S = 150  # that one of the GPU's tests may take
 END_S = 3.0  # of --seconds: for the last line
 
 
@@ -179,15 +181,22 @@ def tests_group(options: argparse.Namespace, results: Results) -> None:
 
 
 def gpu_tests() -> Figures:
-    """`pytest -m gpu` of the files that have such tests (others may want packages that are not there), counted."""
+    """`pytest -m gpu` of the files that have such tests (others may want packages that are not there), counted. Each
+    test is shown as it ends, so that one that hangs names itself."""
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if _MARK in p.read_text()]
-    at_once = (
-        ["-p", "no:benchmark", "-n", "12"] if find_spec("xdist") else []
-    )  # most of the time goes into compiling kernels
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *at_once, *files]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout[-6000:], file=sys.stderr)
-    return {"command": " ".join(["python3", *command[1:]]), "exit_code": done.returncode, **counted(done.stdout)}
+    options = ["-p", "no:cacheprovider", "--durations=12"]
+    if find_spec("xdist"):  # most of the time goes into compiling kernels
+        options += ["-v", "-p", "no:benchmark", "-n", "12"]
+    if find_spec("pytest_timeout"):
+        options.append(f"--timeout={TEST_S}")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, *files]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the CPU's side of twelve tests at once
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread
+    ) as tests:
+        assert tests.stdout is not None
+        lines = [line for line in tests.stdout if print(line, end="", file=sys.stderr, flush=True) is None]
+    return {"command": " ".join(["python3", *command[1:]]), "exit_code": tests.returncode, **counted("".join(lines))}
 
 
 def counted(output: str) -> Figures:
