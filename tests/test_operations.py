@@ -23,12 +23,9 @@ PROMPT, KEY = "a secret question", "hush-hush"
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
     """The JSON log of the process, until the end of the test."""
-    root, before = logging.getLogger(), logging.getLogger().handlers[:]
     stream = io.StringIO()
     logs.set_up(as_json=True, stream=stream)
     yield stream
-    root.handlers[:] = before
-    root.setLevel(logging.WARNING)
     for name in ("server", "runtime", "cache"):
         logging.getLogger(name).setLevel(logging.NOTSET)
 
