@@ -3,7 +3,7 @@
     python -m benchmarks.traces record RELU2 --tokens 640 --cett 0.05 --out .gpu/trace-relu2.npz          # here
     python -m benchmarks.traces record RELU2 --tokens 320 --active 0.3333 --out .gpu/trace-third.npz
     python -m benchmarks.gpu_parts split --out .gpu --work DIR
-    bash benchmarks/gpu_there.sh "$OUT" COMMIT 520 ceilings afm dense accelerate llama http tests         # there
+    bash benchmarks/gpu_there.sh "$OUT" COMMIT 520 ceilings afm dense accelerate llama tiers http tests         # there
     python -m benchmarks.gpu_reference benchmarks/results/gpu.json --parts .gpu                           # here again
     python -m benchmarks.gpu_table benchmarks/results/gpu.json --readme README.md
 
@@ -154,6 +154,26 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
         step("prefill", prefill)
 
 
+def tiers_group(options: argparse.Namespace, results: Results) -> None:
+    """The AFM-4.5B shape with its home on disk."""
+    from benchmarks.gpu_reference import TRACES
+    from benchmarks.gpu_tiers import measure_tiers, tiers_plan, write_file
+    from benchmarks.make_checkpoint import SHAPES
+    from benchmarks.traces import Replay, Trace
+    from cache.bundle import BundleDtype, BundleLayout
+
+    shape = SHAPES["afm-4.5b"]
+    layout = BundleLayout.make(shape.hidden_size, shape.gated, BundleDtype.BF16)
+    options.work.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    file = write_file(shape, layout, options.work / "afm-4.5b.bundles")
+    say(f"home on disk written in {time.monotonic() - begin:.1f} s")
+    replay = Replay(Trace.read(options.parts / TRACES["afm-4.5b"]), shape.num_hidden_layers, shape.intermediate_size)
+    plan = tiers_plan(shape, VOCAB_SIZE, 20)
+    measure = partial(measure_tiers, shape, VOCAB_SIZE, file, plan, replay)
+    results.step("afm-4.5b three tiers", measure, options.deadline)
+
+
 def accelerate_group(options: argparse.Namespace, results: Results) -> None:
     from benchmarks.gpu_peers import accelerate_offload
     from benchmarks.gpu_shapes import shape_plan, weight_cap
@@ -172,8 +192,10 @@ def http_group(options: argparse.Namespace, results: Results) -> None:
     if missing := join(options.parts, models)["missing"]:
         say(f"http: {missing} parts of the models are missing")
         return
-    for name in NAMES:
-        results.step(f"http {name}", lambda name=name: http(models, name), options.deadline)  # type: ignore[misc]
+    for below in (False, True):
+        for name in NAMES:
+            what = f"http {name}{' from disk' if below else ''}"
+            results.step(what, partial(http, models, name, below), options.deadline)
 
 
 def tests_group(options: argparse.Namespace, results: Results) -> None:
@@ -215,6 +237,7 @@ GROUPS: dict[str, tuple[Group, float]] = {  # by worth; seconds that a group nee
     "dense": (dense_group, 20),
     "accelerate": (accelerate_group, 25),
     "llama": (llama_group, 40),
+    "tiers": (tiers_group, 60),
     "http": (http_group, 60),
     "tests": (tests_group, 30),
 }

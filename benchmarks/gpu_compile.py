@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,7 @@ def cases() -> Iterator[Case]:
         yield f"neurons bf16 rows {rows}", neurons(BundleDtype.BF16, True, "silu", rows)
     yield "neurons int8 rows 16", neurons(BundleDtype.INT8, True, "relu2", 16)
     yield "neurons dense", neurons(BundleDtype.BF16, True, "silu", 1, masked=False)
+    yield "neurons by address", neurons(BundleDtype.BF16, True, "silu", 1, by_address=True)
     for rows in (1, 16):
         for gated, act in ((True, "silu"), (True, "relu2"), (False, "relu2")):
             yield f"planes {'gated ' * gated}{act} rows {rows}", planes(gated, act, rows)
@@ -83,13 +85,18 @@ def cases() -> Iterator[Case]:
     yield "copies", copies
 
 
-def neurons(dtype: BundleDtype, gated: bool, act: str, rows: int, masked: bool = True) -> Callable[[], None]:
-    """A layer's FFN in a decode step."""
+def neurons(
+    dtype: BundleDtype, gated: bool, act: str, rows: int, masked: bool = True, by_address: bool = False
+) -> Callable[[], None]:
+    """A layer's FFN in a decode step. by_address: as over a home on disk."""
 
     def call() -> None:
         layout = BundleLayout.make(HIDDEN, gated, dtype)
         home = GpuHome(1, NEURONS, layout, register=False)
         slots = GpuSlots(home, (NEURONS // 4,), np.ones((1, NEURONS), np.float32), (0,), CPU)
+        if by_address:
+            made, where = slots.records, torch.zeros(NEURONS, dtype=torch.int64)
+            slots.records = lambda layer: replace(made(layer), where=where)  # type: ignore[method-assign]
         masks = AllMasks(rows) if masked else None
         least = torch.zeros(1, NEURONS) if masked else None
         ffn = GpuFFN(slots, act, masks, least, rows, NEURONS, torch.bfloat16)

@@ -21,12 +21,15 @@ from benchmarks.kernels import random_sketch
 from benchmarks.make_checkpoint import Shape
 from benchmarks.traces import ROW_STEP, Replay
 from cache.bundle import BundleLayout
+from cache.stats import CacheSnapshot
 from runtime.batch import Batch, SequenceView
+from runtime.disk_home import DiskHome
 from runtime.gpu_ffn import GpuFFN, Masks, Norm, PlaneMasks
 from runtime.gpu_home import GpuHome
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
+from runtime.gpu_tiers import TieredFFN
 from runtime.kernels.triton_launch import after_others, chained
 from runtime.kernels.triton_masks import DeviceSketch
 from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS, SWAPPED
@@ -100,7 +103,7 @@ class ProductTraced:
         self,
         shape: Shape,
         vocab_size: int,
-        home: GpuHome,
+        home: GpuHome | DiskHome,
         plan: GpuPlan,
         replay: Replay | None,
         rows: int = 1,
@@ -115,14 +118,19 @@ class ProductTraced:
         if replay is not None:
             self._masks = TraceMasks(plane_masks(shape, rows, self._device), replay, rows, self._device)
         staged = plan.staging_bytes // home.layout.stride
-        ffn = GpuFFN(self._slots, shape.hidden_act, self._masks, None, rows, staged, torch.bfloat16)
+        common = shape.hidden_act, self._masks, None, rows, staged, torch.bfloat16
+        if isinstance(home, DiskHome):
+            home.open((self._slots.table >= 0).cpu().numpy(), frequency, lambda what, share: None)
+            self.ffn: GpuFFN = TieredFFN(self._slots, home, *common)
+        else:
+            self.ffn = GpuFFN(self._slots, *common)
         weights = random_weights(shape, vocab_size, device=device)
         per_row = -(-(CONTEXT + MAX_MODEL_LEN) // plan.block_size)
         self._kv = KVCache(config, per_row * rows, plan.block_size, torch.bfloat16, self._device)
         self._kv.keys.normal_()
         self._kv.values.normal_()
         self._blocks = [np.arange(r * per_row, (r + 1) * per_row, dtype=np.int32) for r in range(rows)]
-        self._model = GpuModel(config, weights, ffn, CONTEXT + MAX_MODEL_LEN, (rows,))
+        self._model = GpuModel(config, weights, self.ffn, CONTEXT + MAX_MODEL_LEN, (rows,))
         self._layout, self._shape, self._position = home.layout, shape, CONTEXT
         attention = sum(w.nbytes for layer in weights.layers for w in _matrices(layer))
         keys = 2 * config.num_key_value_heads * config.head_dim * layers * CONTEXT * rows * 2
@@ -162,6 +170,10 @@ class ProductTraced:
         begin = time.perf_counter()
         self._model.forward_together([batch], self._kv, lambda: None)
         return time.perf_counter() - begin
+
+    def snapshot(self) -> CacheSnapshot:
+        """Of all tiers, as the last step left them."""
+        return self._slots.snapshot()
 
     def counted(self) -> Counted:
         seen = self._slots.counters.tolist()

@@ -11,6 +11,7 @@ import httpx
 
 from benchmarks.gpu_parts import SERVED, TEXTS, completions
 from benchmarks.gpu_results import Figures
+from benchmarks.gpu_tiers import memory_below
 from benchmarks.serving import serving
 from clients.load import Plan, run_load
 from clients.scrape import Interval, Scrape, Scraper
@@ -20,10 +21,13 @@ _SCRAPE_EVERY_S = 0.1
 _COUNTERS = ("lookups", "hits", "misses", "insertions", "evictions")
 
 
-def http(work: Path, name: str) -> Figures:
-    """One packed model served with 20 % of its FFN on the GPU."""
+def http(work: Path, name: str, below: bool = False) -> Figures:
+    """One packed model served with 20 % of its FFN on the GPU. below: and with its home on disk."""
     expected = json.loads((work / TEXTS).read_text(encoding="utf-8"))[name]["completions"]
-    with serving([str(work / name), "--device", "cuda", *SERVED]) as served:
+    arguments = ["--device", "cuda", *SERVED]
+    if below:
+        arguments += ["--memory", str(memory_below(work / name, arguments))]
+    with serving([str(work / name), *arguments]) as served:
         found = completions(served.url)
         load = under_load(served.url)
         health = httpx.get(f"{served.url}/health").json()
@@ -71,6 +75,8 @@ def gpu_metrics(scrapes: list[Scrape]) -> Figures:
         "fell": fell,
         **{c: whole.increase(n, tier="gpu") for c, n in zip(_COUNTERS, names, strict=True)},
         "transfer_bytes": whole.increase("transfer_bytes_total", src="cpu", dst="gpu"),
+        "disk_bytes": whole.increase("transfer_bytes_total", src="disk", dst="cpu"),
+        "stall_s": whole.increase("stall_seconds_total", src="disk"),
         "budget_bytes": scrapes[-1].value("memory_budget_bytes", tier="gpu"),
         "capacity_bytes": scrapes[-1].value("neuron_cache_capacity_bytes", tier="gpu"),
     }

@@ -22,11 +22,23 @@ _HOST = HostMemory(1 << 40, 1 << 40, None, "MemAvailable")
 _CARD = DeviceMemory("GPU", 1 << 40, 1 << 40)
 
 
-def shape_plan(shape: Shape, vocab_size: int, percent: float, mode: str = "sparse", num_seqs: int = 1) -> GpuPlan:
+def shape_plan(
+    shape: Shape,
+    vocab_size: int,
+    percent: float,
+    mode: str = "sparse",
+    num_seqs: int = 1,
+    memory_bytes: int | None = None,
+) -> GpuPlan:
     """Of a random model with so much of its FFN on the GPU: what the plan uses is the cap for whoever is beside it."""
     config = model_config(shape, vocab_size)
     options = PlanOptions(
-        dtype="bf16", mode=mode, ffn_cache=FfnCache(percent=percent), max_model_len=MAX_MODEL_LEN, max_num_seqs=num_seqs
+        memory_bytes=memory_bytes,
+        dtype="bf16",
+        mode=mode,
+        ffn_cache=FfnCache(percent=percent),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=num_seqs,
     )
     layout = BundleLayout.make(config.hidden_size, config.gated, BundleDtype.BF16)
     return make_gpu_plan(config, layout, options, _HOST, _CARD, 0)

@@ -54,6 +54,13 @@ def beside(steps: Figures) -> Iterator[str]:
             f"{p['stream_s'] * 1e3:.0f} ms and the products alone {p['gemm_s'] * 1e3:.0f} ms: "
             f"{larger / p['seconds']:.0%} of the larger."
         )
+    if (t := steps.get("afm-4.5b three tiers")) is not None:
+        yield (
+            f"Home on disk, main memory at {t['ffn_in_memory_percent']} % of the FFN, {t['ffn_on_gpu_percent']} % on "
+            f"the GPU: {t['tokens_per_s']:.1f} tokens/s, {t['stall_share']:.0%} of the time waiting for the disk, which "
+            f"gave {t['disk_bytes_per_step'] / 1e6:.0f} MB a token at {t['disk_bytes_per_s'] / 1e9:.2f} GB/s "
+            f"({t['gpu_hit_share']:.0%} found on the GPU, {t['memory_hit_share']:.0%} of the rest in main memory)."
+        )
     yield from _served(steps)
     for name in ("tests", "tests of kernels and slots"):
         if (t := steps.get(name)) is not None:
@@ -97,12 +104,14 @@ def _batches(steps: Figures) -> Iterator[str]:
 
 def _served(steps: Figures) -> Iterator[str]:
     for name, title in (("swiglu", "SwiGLU"), ("relu2", "ReLU²")):
-        if (h := steps.get(f"http {name}")) is not None:
-            yield (
-                f"SmolLM2-135M, {title}, over HTTP with 20 % of its FFN on the GPU: {h['texts_equal']} of {h['texts']} "
-                f"greedy texts as on the CPU; {h['load']['tokens_per_s']:.0f} tokens/s for "
-                f"{h['load']['concurrency']} at once, metrics scraped {h['metrics']['scrapes']} times meanwhile."
-            )
+        for below in ("", " from disk"):
+            if (h := steps.get(f"http {name}{below}")) is not None:
+                on_disk = " and its home on disk" if below else ""
+                yield (
+                    f"SmolLM2-135M, {title}, over HTTP with 20 % of its FFN on the GPU{on_disk}: {h['texts_equal']} of "
+                    f"{h['texts']} greedy texts as on the CPU; {h['load']['tokens_per_s']:.0f} tokens/s for "
+                    f"{h['load']['concurrency']} at once, metrics scraped {h['metrics']['scrapes']} times meanwhile."
+                )
 
 
 def footnote(data: Figures) -> str:

@@ -88,7 +88,7 @@ def forecast(
         share = np.ones(file.num_neurons) if dense else np.minimum(frequency[layer], 1.0)
         absent = np.ones(file.num_neurons, bool)
         absent[np.argsort(-frequency[layer], kind="stable")[:num_slots]] = False
-        requests, num_bytes = _reads(file, layer, np.where(absent, share, 0.0), terms, rng)
+        requests, num_bytes = mean_reads(file, layer, np.where(absent, share, 0.0), terms, rng)
         read_s = terms.cost.seconds(requests, num_bytes, float(num_bytes > 0))
         ffn_s = float(share.sum()) * file.layout.record_bytes / (machine.bytes_per_s * _SCATTERED)
         call_s = machine.call_s * coldness(other_bytes / num_layers + float(share.sum()) * file.layout.record_bytes)
@@ -107,7 +107,7 @@ def coldness(layer_bytes: float) -> float:
     return _WARM + (1 - _WARM) * min(1.0, layer_bytes / _CACHE_BYTES)
 
 
-def _reads(
+def mean_reads(
     file: BundleFile, layer: int, share: np.ndarray, terms: ReadTerms, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Mean requests and bytes of tokens that need each neuron with probability `share` [F]."""

@@ -87,9 +87,25 @@ class GateMasks:
         return mask
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What rows of a step want of a layer. x fp32 [B, D]: the residual, h: x normed, until the next layer asks; mask
+    uint8 [B, F], None: all neurons; live int64 [B]: zero for padding."""
+
+    layer: int
+    x: torch.Tensor
+    h: torch.Tensor
+    mask: torch.Tensor | None
+    live: torch.Tensor
+
+
 class GpuFFN:
     """masks: None: dense. active_at fp32 [L, F]: what a factor must reach to be counted. staged_neurons: that one of
-    the two buffers of a copied layer holds."""
+    the two buffers of a copied layer holds. visited: whether the host has something to do in the middle of a layer.
+    overflow: layers of steps whose records did not fit where they were to be read."""
+
+    visited = False
+    overflow = 0
 
     def __init__(
         self,
@@ -118,17 +134,33 @@ class GpuFFN:
 
     def decode(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> None:
         """x fp32 [B, D] += FFN(x normed), row by row; live int64 [B]: zero for padding."""
-        h = self._h[: x.shape[0]]
-        mask = None
+        wanted = self.ask(layer, x, norm, live)
+        self.visit(wanted)
+        self.answer(wanted)
+
+    def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
+        """The first half of `decode`."""
+        h, mask = self._h[: x.shape[0]], None
         if self.masks is None:
             norm.of(x, h)
         else:
             mask = self.masks.of(layer, x, norm, h)
+        return Wanted(layer, x, h, mask, live)
+
+    def visit(self, wanted: Wanted) -> None:
+        """What the host does between both halves where `visited`: here nothing, so that one graph holds a step."""
+
+    def answer(self, wanted: Wanted) -> None:
+        """The second half of `decode`."""
+        layer = wanted.layer
         active_at = None if self._active_at is None else self._active_at[layer]
         add_ffn(
-            h, self._records[layer], self._name, mask, active_at, x, self._scratch, self.slots.used[layer],
-            self.slots.counters, live,
+            wanted.h, self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,
+            self.slots.used[layer], self.slots.counters, wanted.live,
         )  # fmt: skip
+
+    def settle(self) -> None:
+        """The GPU is done with a step."""
 
     def begin(self) -> None:
         """Starts the first layer on its way for a prefill, in which all layers follow in their order."""
@@ -151,16 +183,16 @@ class GpuFFN:
     def _num_pieces(self) -> int:
         """Of a layer."""
         staged = self._staging[0].shape[0]
-        return -(-self.slots.home.records.shape[1] // staged) if staged else 0
+        return -(-self.slots.table.shape[1] // staged) if staged else 0
 
     def _piece(self, piece: int) -> torch.Tensor:
         """Its records in main memory."""
         (layer, turn), size = divmod(piece, self._num_pieces()), self._staging[0].shape[0]
-        return self.slots.home.records[layer, turn * size : (turn + 1) * size]
+        return self.slots.in_memory[layer, turn * size : (turn + 1) * size]
 
     def _copy_ahead(self, piece: int) -> None:
         """A piece and the one after it are on their way to the two buffers, as soon as these are free."""
-        last = self._num_pieces() * self.slots.home.records.shape[0]
+        last = self._num_pieces() * self.slots.table.shape[0]
         while self._begun < min(piece + 2, last):
             self._copy(self._begun)
             self._begun += 1

@@ -14,7 +14,10 @@ import torch
 
 from cache.bundle import BundleLayout
 from cache.errors import ColdstreamError
+from cache.stats import CacheSnapshot
 from cache.store import BundleFile
+from runtime.kernels.triton_copy import copy_records
+from runtime.kernels.triton_neurons import Records
 
 _MAPPED = 2  # cudaHostRegisterMapped
 
@@ -31,12 +34,32 @@ class GpuHome:
         self.records = torch.from_numpy(array)
         self._unregister = None
         if register:
-            error = int(torch.cuda.cudart().cudaHostRegister(self.records.data_ptr(), self.num_bytes, _MAPPED))  # type: ignore[no-untyped-call]
-            if error:
-                raise ColdstreamError(
-                    f"{self.num_bytes} bytes of main memory cannot be registered (CUDA error {error})"
-                )
-            self._unregister = weakref.finalize(self, _unregister, self.records)
+            register_memory(self.records)
+            self._unregister = weakref.finalize(self, unregister_memory, self.records)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """L, F, bytes of a record."""
+        layers, neurons, stride = self.records.shape
+        return layers, neurons, stride
+
+    @property
+    def words(self) -> torch.Tensor:
+        """int32 [L F, words of a record]."""
+        return self.records.view(-1, self.records.shape[2]).view(torch.int32)
+
+    def of_layer(self, layer: int, slab: torch.Tensor, table: torch.Tensor, resident: bool) -> Records:
+        """What the kernels take: slab uint8 [S, stride], table int32 [F]."""
+        return Records(self.records[layer], slab, table, self.layout, resident)
+
+    def fill(self, neurons: torch.Tensor, slab: torch.Tensor, slots: torch.Tensor) -> None:
+        """Records of neurons int64 [N, 2] (layer, neuron), N at least 1, into slots int64 [N] of slab [S, stride]."""
+        flat = neurons[:, 0] * self.records.shape[1] + neurons[:, 1]
+        copy_records(self.words, slab.view(torch.int32), flat, slots)
+
+    def snapshot(self) -> CacheSnapshot:
+        """Of tiers below main memory: none."""
+        return CacheSnapshot()
 
     def read(self, file: BundleFile, layer: int) -> None:
         """One layer out of its file, checksums verified. Raises ReadError."""
@@ -49,5 +72,12 @@ class GpuHome:
             self._unregister()
 
 
-def _unregister(records: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(records.data_ptr())  # type: ignore[no-untyped-call]
+def register_memory(memory: torch.Tensor) -> None:
+    """Makes main memory readable for kernels and copies. ColdstreamError when the driver refuses."""
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _MAPPED))  # type: ignore[no-untyped-call]
+    if error:
+        raise ColdstreamError(f"{memory.nbytes} bytes of main memory cannot be registered (CUDA error {error})")
+
+
+def unregister_memory(memory: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cache.device_curve import DeviceCurve
+from cache.neuron_cache import NeuronCache
 from runtime.config import ModelConfig
+from runtime.disk_home import DiskHome
 from runtime.gates import read_gates
 from runtime.gpu_ffn import GateMasks, GpuFFN, Masks, PlaneMasks
 from runtime.gpu_home import GpuHome
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
+from runtime.gpu_tiers import TieredFFN
 from runtime.kernels.triton_masks import DeviceSketch
 from runtime.kv_cache import KVCache
 from runtime.model import ModelWeights
@@ -33,6 +37,7 @@ class GpuParts:
     kv: KVCache
     slots: GpuSlots
     masks: Masks | None
+    below: NeuronCache | None  # what main memory keeps of a home on disk
 
 
 def make_gpu(
@@ -45,26 +50,39 @@ def make_gpu(
     weights: ModelWeights,
     device: torch.device,
     progress: Callable[[str, float], None],
+    io_engine: str = "auto",
+    curve: DeviceCurve | None = None,
 ) -> GpuParts:
     """frequency [L, F]: how often each neuron is needed. A `device` of type cpu is for tests, and captures nothing.
+    io_engine, curve: of a home on disk, see `NeuronCache`.
 
     Raises ReadError, ColdstreamError when memory cannot be registered.
     """
     dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
-    home = _home(packed, device, progress)
+    home: GpuHome | DiskHome
+    if plan.home_on_disk:
+        slots_below = plan.memory_slots_per_layer
+        home = DiskHome(packed.bundles, slots_below, plan.memory_staging_bytes, device, io_engine, curve)
+    else:
+        home = _home(packed, device, progress)
     pinned = (0,) * config.num_hidden_layers if sparse is None else sparse.pinned
     slots = GpuSlots(home, slots_per_layer, frequency, pinned, device)
     most = plan.decode_buckets[-1]
     masks = _masks(packed, plan.mode, sparse, most, device)
     active_at = None if sparse is None else torch.from_numpy(sparse.active_at).to(device)
     staged = plan.staging_bytes // packed.bundles.layout.stride
-    ffn = GpuFFN(slots, config.hidden_act, masks, active_at, most, staged, dtype)
+    common = config.hidden_act, masks, active_at, most, staged, dtype
+    if isinstance(home, DiskHome):
+        home.open((slots.table >= 0).cpu().numpy(), frequency, progress)
+        ffn: GpuFFN = TieredFFN(slots, home, *common)
+    else:
+        ffn = GpuFFN(slots, *common)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype, device)
     model = GpuModel(config, weights, ffn, plan.max_model_len, plan.decode_buckets)
     progress("capturing", 0.0)
     model.capture(kv)
     progress("capturing", 1.0)
-    return GpuParts(model, kv, slots, masks)
+    return GpuParts(model, kv, slots, masks, home.cache if isinstance(home, DiskHome) else None)
 
 
 def _home(packed: Packed, device: torch.device, progress: Callable[[str, float], None]) -> GpuHome:

@@ -2,14 +2,15 @@
 
 What the engine sees is the same: batches in, logits on the host out. A decode step is one copy of its inputs, one
 replay and one copy of its logits; attention, predictor, neurons out of slots or main memory and the head are all in the
-graph. On a CPU the same code runs without graphs and streams (Triton's interpreter), which is how it is tested.
+graph. Over a home on disk a step is a graph for each layer, with the host between them. On a CPU the same code runs
+without graphs and streams (Triton's interpreter), which is how it is tested.
 Shapes: B rows of a bucket, N rows of a batch, D hidden, H heads, d head size, V vocabulary, P blocks of a table.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from runtime.batch import Batch, ModelCounters, SequenceView
 from runtime.config import ModelConfig
-from runtime.gpu_ffn import GpuFFN, Norm, product
+from runtime.gpu_ffn import GpuFFN, Norm, Wanted, product
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_matvec import MOST_ROWS, matvec
 from runtime.kernels.triton_neurons import ACTIVE, PREDICTED
@@ -62,7 +63,7 @@ class _Bucket:
         self.inputs = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, device=device)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.answer = torch.empty(rows, vocab_size, dtype=torch.float32, pin_memory=pin)
-        self.replay: Callable[[], None] | None = None
+        self.graphs: list[tuple[Callable[[], None], Wanted | None]] = []  # replays, and what the host then sees to
 
 
 class GpuModel:
@@ -90,7 +91,7 @@ class GpuModel:
     def counters(self) -> ModelCounters:
         """As the last decode step that is done left them; waits for nothing."""
         seen = self._ffn.slots.seen()
-        return ModelCounters(dict(self._steps), seen[ACTIVE], seen[PREDICTED], 0, self._rows, 0)
+        return ModelCounters(dict(self._steps), seen[ACTIVE], seen[PREDICTED], self._ffn.overflow, self._rows, 0)
 
     def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
         """As `forward_together`, of one batch."""
@@ -100,7 +101,7 @@ class GpuModel:
     def forward_together(
         self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]
     ) -> list[torch.Tensor | None]:
-        """As `runtime.model.Model.forward_together`; `check` is called before a graph and between the layers of a
+        """As `runtime.model.Model.forward_together`; `check` is called before each graph and between the layers of a
         prompt. The logits of a decode batch that is the only one are lent, until the next call."""
         alone = sum(b.kind == "decode" for b in batches) == 1
         prompts = [b for b in batches if b.kind != "decode"]
@@ -110,8 +111,7 @@ class GpuModel:
             if batch.kind != "decode":
                 out.append(next(logits))
                 continue
-            check()
-            logits_of = self._decode(batch, kv)
+            logits_of = self._decode(batch, kv, check)
             out.append(logits_of if alone or logits_of is None else logits_of.clone())
         for kind in {b.kind for b in batches}:
             self._steps["prefill" if kind == "prefill" else self._sparse_kind()] += 1
@@ -122,20 +122,20 @@ class GpuModel:
 
     # --- decode ---
 
-    def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor | None:
+    def _decode(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
         """Logits fp32 [N, V] on the host, the bucket's own where one step is enough."""
         most = self._sizes[-1]
         num, starts = len(batch.sequences), range(0, len(batch.sequences), most)
         if num <= most:
-            parts = [self._decode_rows(batch, kv)]
+            parts = [self._decode_rows(batch, kv, check)]
         else:
-            parts = [self._decode_rows(_rows_of(batch, i, i + most), kv).clone() for i in starts]
+            parts = [self._decode_rows(_rows_of(batch, i, i + most), kv, check).clone() for i in starts]
         self._rows += num * len(self._layers) if self._ffn.masks is not None else 0
         if batch.logits == "none":
             return None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode_rows(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+    def _decode_rows(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor:
         num = len(batch.sequences)
         bucket = self._bucket(next(b for b in self._sizes if b >= num), kv)
         fields = bucket.fields
@@ -146,15 +146,26 @@ class GpuModel:
             width = min(len(view.blocks), fields.shape[1] - _FIELDS)
             fields[row, _FIELDS : _FIELDS + width] = view.blocks[:width]
         bucket.inputs.copy_(bucket.given, non_blocking=True)
-        if bucket.replay is None:
-            self._step(bucket, kv)
-        else:
-            bucket.replay()
+        self._run(bucket, kv, check)
         bucket.answer.copy_(bucket.logits, non_blocking=True)
         self._ffn.slots.stepped()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+        self._ffn.settle()
         return bucket.answer[:num]
+
+    def _run(self, bucket: _Bucket, kv: KVCache, check: Callable[[], None]) -> None:
+        """bucket.logits of bucket.inputs, by its graphs where there are some."""
+        check()
+        for wanted in self._step(bucket, kv) if not bucket.graphs else self._replayed(bucket):
+            check()
+            self._ffn.visit(wanted)
+
+    def _replayed(self, bucket: _Bucket) -> Iterator[Wanted]:
+        for replay, wanted in bucket.graphs:
+            replay()
+            if wanted is not None:
+                yield wanted
 
     def capture(self, kv: KVCache) -> None:
         """Graphs of all buckets, before the first request: compiling and capturing take seconds."""
@@ -169,29 +180,36 @@ class GpuModel:
         bucket = _Bucket(rows, width, self.config.vocab_size, self._device)
         bucket.inputs[:, 2] = -1  # padding alone: nothing is written while it is captured
         if self._device.type == "cuda":
-            bucket.replay = self._captured(bucket, kv)
+            bucket.graphs = self._captured(bucket, kv)
         self._buckets[rows] = bucket
         return bucket
 
-    def _captured(self, bucket: _Bucket, kv: KVCache) -> Callable[[], None]:
+    def _captured(self, bucket: _Bucket, kv: KVCache) -> list[tuple[Callable[[], None], Wanted | None]]:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(bucket, kv)  # compiles, and makes the libraries' workspaces
+            list(self._step(bucket, kv))  # compiles, and makes the libraries' workspaces
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(bucket, kv)
-        return graph.replay
+        step, pool = self._step(bucket, kv), torch.cuda.graph_pool_handle()
+        graphs: list[tuple[Callable[[], None], Wanted | None]] = []
+        while not graphs or graphs[-1][1] is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                wanted = next(step, None)
+            graphs.append((graph.replay, wanted))
+        return graphs
 
-    def _step(self, bucket: _Bucket, kv: KVCache) -> None:
-        """bucket.logits of bucket.inputs."""
+    def _step(self, bucket: _Bucket, kv: KVCache) -> Iterator[Wanted]:
+        """bucket.logits of bucket.inputs; hands out what the host has to see to before it goes on."""
         tokens, positions, slots, live = bucket.inputs[:, :_FIELDS].T.contiguous()
         tables = bucket.inputs[:, _FIELDS:].contiguous()
         x = self._embed[tokens].float()
         for layer, w in enumerate(self._layers):
             self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
-            self._ffn.decode(layer, x, w.ffn_norm, live)
+            wanted = self._ffn.ask(layer, x, w.ffn_norm, live)
+            if self._ffn.visited:
+                yield wanted
+            self._ffn.answer(wanted)
         if bucket.rows <= MOST_ROWS:
             matvec(x, self._head, bucket.logits, self._norm, self.config.rms_norm_eps)
         else:
@@ -255,6 +273,7 @@ class GpuModel:
         self._ffn.slots.note()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+        self._ffn.settle()
         return [self._wanted(part) for part in rows]
 
     def _scored(self, layer: int, w: GpuLayer, part: _Prompt) -> None:

@@ -5,12 +5,12 @@ driver. Both budgets are promises, as in `runtime/plan.py`, and refused with the
 
     on the GPU, under --gpu-memory                          in main memory, under --memory
     context    the driver's and the libraries' share        process    as without a GPU, and what CUDA adds to it
-    resident   embedding, attention, norms, head            home       the records of all neurons, registered
-    kv         keys and values                              tables     frequencies and order of the neurons
-    predictor  sketches (sparse) or gates (exact)           scratch    loading, requests, the allocator
-    slots      FFN records that stay                        headroom   the kernel's share
-    tables     slot table, counters, thresholds
-    staging    two buffers that layers are copied into
+    resident   embedding, attention, norms, head            home       the records of all neurons, registered; else
+    kv         keys and values                              slots      records that stay, and where those that a
+    predictor  sketches (sparse) or gates (exact)           staging    step wants come from disk, registered too
+    slots      FFN records that stay                        tables     frequencies and order of the neurons
+    tables     slot table, counters, thresholds             scratch    loading, requests, the allocator
+    staging    two buffers that layers are copied into      headroom   the kernel's share
     scratch    a step's activations, logits, CUDA graphs
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cache.budget import HostMemory, budget_margin, format_size
+from cache.budget import HostMemory, budget_margin, format_size, smallest_staging_bytes
 from cache.bundle import BundleLayout
 from cache.errors import BudgetError, ColdstreamError
 from runtime.config import ModelConfig
@@ -49,7 +49,7 @@ PREFILL_ROWS = 2048  # of a step: the home is read once for all of them
 _SMALLEST_PREFILL_ROWS = 256
 _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pace
 
-_MIB = 1 << 20
+_MIB, _PAGE = 1 << 20, 4096
 _SHARE = 4  # one part in so many of what is left may go to each of: longer context, staging, rows, more sequences
 # Measured on an H100 with torch 2.11 (benchmarks/gpu.py, step "overheads"): 755 MiB beside tensors; in main memory 303
 # MiB more than the 545 after the imports.
@@ -58,10 +58,11 @@ _CUDA_HOST_BYTES = 704 * _MIB  # beyond a server without a GPU: CUDA's libraries
 _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private pool rounds up
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
 _TABLE_BYTES = 56  # a neuron: slot, uses, score and threshold 16; what ranking makes of them 40, for a moment
-_LISTED_BYTES = 12  # a neuron of one layer: its id and its record's address
+_LISTED_BYTES = 20  # a neuron of one layer: its id, its record's address, and that in main memory
 _SUMS, _SUMS_FEW = 128, 256  # sums of a row that are made apart, and of up to two (runtime/kernels/triton_neurons.py)
 _PROMPT_ROWS = 64  # of a prompt that attend together (EngineConfig.prefill_chunk)
 _NEURON_BYTES = 48  # a neuron in main memory: frequency, ranks, counters read back
+_VISITED_BYTES = 64  # a neuron of one layer: its address, ids and offsets of what a step wants of it
 _HOST_SLACK_BYTES = 32 * _MIB
 _HOST_HEADROOM_BYTES = 32 * _MIB
 _HOST_HEADROOM_SHARE = 256
@@ -97,7 +98,9 @@ class GpuPlan:
     memory_budget_bytes: int
     memory_budget_source: str
     smallest_memory_bytes: int
+    home_memory_bytes: int  # the smallest budget of main memory that holds the records of all neurons
     ffn_bytes: int  # all records
+    num_neurons: int  # of a layer
     disk_bytes: int
     slab_bytes: int
     slots_per_layer: tuple[int, ...]
@@ -111,9 +114,16 @@ class GpuPlan:
     decode_buckets: tuple[int, ...]
     dtype: str  # of resident matrices and KV: bf16 or fp32
     mode: str
+    memory_slots_per_layer: tuple[int, ...] = ()  # of a home on disk: records that main memory keeps
+    memory_staging_bytes: int = 0  # and where others are read to
     gpu_details: dict[str, int] = field(default_factory=dict)  # "use.what" -> bytes
     memory_details: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences for the user
+
+    @property
+    def home_on_disk(self) -> bool:
+        """Whether main memory does not hold the records of all neurons."""
+        return self.memory_staging_bytes > 0
 
     @property
     def ffn_cache_share(self) -> float:
@@ -175,11 +185,20 @@ def make_gpu_plan(
         raise BudgetError(_too_small(sizes, "--gpu-memory", budget, source, smallest), smallest)
     shape = _divide(sizes, budget)
     memory, memory_source = memory_budget(options, host, process_bytes)
-    smallest_memory = _smallest_memory(sizes, context_lengths(sizes)[-1])
+    shortest = context_lengths(sizes)[-1]
+    home_memory = _smallest_memory(sizes, shortest, None)
+    smallest_memory = min(home_memory, _smallest_memory(sizes, shortest, sizes.smallest_below))
     if memory < smallest_memory:
         raise BudgetError(_too_small(sizes, "--memory", memory, memory_source, smallest_memory), smallest_memory)
-    shape = _fit_memory(sizes, shape, memory)
-    notes = (*_notes(sizes, shape, budget, device), *_memory_notes(memory, host, process_bytes))
+    below = None if memory >= home_memory else sizes.smallest_below
+    shape = _fit_memory(sizes, shape, memory, below)
+    if below is not None:
+        below = _divide_memory(sizes, shape, memory)
+    notes = (
+        *_notes(sizes, shape, budget, device),
+        *_memory_notes(memory, host, process_bytes),
+        *_below_notes(sizes, below, home_memory),
+    )
     return GpuPlan(
         device=device.name,
         gpu_budget_bytes=budget,
@@ -188,7 +207,9 @@ def make_gpu_plan(
         memory_budget_bytes=memory,
         memory_budget_source=memory_source,
         smallest_memory_bytes=smallest_memory,
+        home_memory_bytes=home_memory,
         ffn_bytes=sizes.ffn_bytes,
+        num_neurons=config.intermediate_size,
         disk_bytes=sizes.disk_bytes(),
         slab_bytes=shape.num_slots * layout.stride,
         slots_per_layer=spread(shape.num_slots, config.num_hidden_layers),
@@ -202,8 +223,10 @@ def make_gpu_plan(
         decode_buckets=sizes.buckets,
         dtype=sizes.dtype,
         mode=options.mode,
+        memory_slots_per_layer=() if below is None else spread(below.num_slots, config.num_hidden_layers),
+        memory_staging_bytes=0 if below is None else below.staging_bytes,
         gpu_details=sizes.details(shape),
-        memory_details=sizes.memory_details(shape.max_model_len) | {"headroom.kernel": headroom(memory)},
+        memory_details=sizes.memory_details(shape.max_model_len, below) | {"headroom.kernel": headroom(memory)},
         notes=notes,
     )
 
@@ -218,6 +241,14 @@ class _Shape:
     num_sequences: int  # full-length ones that KV holds
     num_slots: int
     num_pinned: int = 0  # of each sparse layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """What main memory keeps of a home on disk, and where it reads the rest to."""
+
+    num_slots: int
+    staging_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,19 +281,41 @@ class _Sizes(ModelSizes):
             "scratch.allocator": _ALLOCATOR_BYTES,
         }
 
-    def memory_details(self, max_model_len: int) -> dict[str, int]:
-        """In main memory, "use.what" -> bytes; the headroom aside. Resident matrices pass through a layer at a time,
-        embedding and head stay until all are on the device."""
+    @property
+    def smallest_below(self) -> _Below:
+        return _Below(0, smallest_staging_bytes(self.layout))
+
+    @property
+    def largest_staging(self) -> int:
+        """A layer as it streams through, half a layer at a time, or all that a sparse step could want of it."""
+        return max(self.smallest_below.staging_bytes, round_up(self.layer_bytes + 4 * _PAGE, 2 * _PAGE))
+
+    def memory_details(self, max_model_len: int, below: _Below | None) -> dict[str, int]:
+        """In main memory, "use.what" -> bytes; the headroom aside. below: of a home on disk. Resident matrices pass
+        through a layer at a time, embedding and head stay until all are on the device."""
         resident = self.resident(max_model_len)
         passing = resident["resident.attention"] * LAYERS_AT_ONCE // self.config.num_hidden_layers
         passing += resident["resident.embedding"] + resident["resident.head"]
         return {
             **self.process(self.measured_process_bytes, _CUDA_HOST_BYTES),
-            "home.records": self.ffn_bytes,
+            **({"home.records": self.ffn_bytes} if below is None else self._below_bytes(below)),
             "tables.neurons": self.num_neurons * _NEURON_BYTES,
             "scratch.requests": self.request_bytes(max_model_len),
             "scratch.loading": self.load_bytes() + passing,
             "scratch.allocator": _HOST_SLACK_BYTES,
+        }
+
+    def _below_bytes(self, below: _Below) -> dict[str, int]:
+        """The cache's slots, staging and tables; masks that come from the GPU."""
+        masks = self.buckets[-1] * self.config.intermediate_size
+        return {
+            "slots.records": below.num_slots * self.layout.stride,
+            "staging.buffer": below.staging_bytes,
+            "tables.cache": self.num_neurons * _NEURON_BYTES,
+            "scratch.visits": 2 * masks
+            + self.config.intermediate_size * _VISITED_BYTES
+            + 2 * _PAGE
+            + self.layout.stride,
         }
 
     def _sums(self) -> int:
@@ -320,8 +373,8 @@ def _smallest_gpu_budget(sizes: _Sizes) -> int:
     return round_up(sizes.total(_smallest_shape(sizes, context_lengths(sizes)[-1])), _MIB)
 
 
-def _smallest_memory(sizes: _Sizes, max_model_len: int) -> int:
-    needed = sum(sizes.memory_details(max_model_len).values()) + _HOST_HEADROOM_BYTES
+def _smallest_memory(sizes: _Sizes, max_model_len: int, below: _Below | None) -> int:
+    needed = sum(sizes.memory_details(max_model_len, below).values()) + _HOST_HEADROOM_BYTES
     return round_up(-(-needed * _HOST_HEADROOM_SHARE // (_HOST_HEADROOM_SHARE - 1)), _MIB)
 
 
@@ -332,7 +385,7 @@ def _too_small(sizes: _Sizes, flag: str, budget: int, source: str, smallest: int
         options.append(f"--ffn-cache {sizes.options.ffn_cache}")
     if sizes.options.max_model_len is not None:
         options.append(f"--max-model-len {sizes.options.max_model_len}")
-    why = "" if flag == "--gpu-memory" else ", since the records of all neurons stay in main memory for the GPU"
+    why = "" if flag == "--gpu-memory" else ", even with the records of its neurons on disk"
     what = f"is too small for this model with {' '.join(options)}{why}"
     return f"{given} {what}; the smallest that works is {flag} {smallest // _MIB}MiB"
 
@@ -391,11 +444,33 @@ def _more_sequences(sizes: _Sizes, shape: _Shape, bound: int) -> _Shape:
     return replace(shape, num_sequences=min(sizes.options.max_num_seqs, shape.num_sequences + more))
 
 
-def _fit_memory(sizes: _Sizes, shape: _Shape, memory: int) -> _Shape:
+def _fit_memory(sizes: _Sizes, shape: _Shape, memory: int, below: _Below | None) -> _Shape:
     """Requests of a long context take main memory too: the longest context that both budgets hold."""
     lengths = [n for n in context_lengths(sizes) if n <= shape.max_model_len]
-    length = next((n for n in lengths if _smallest_memory(sizes, n) <= memory), lengths[-1])
+    length = next((n for n in lengths if _smallest_memory(sizes, n, below) <= memory), lengths[-1])
     return replace(shape, max_model_len=length, prefill_rows=min(shape.prefill_rows, length))
+
+
+def _divide_memory(sizes: _Sizes, shape: _Shape, memory: int) -> _Below:
+    """What is left of main memory: a part to staging, since for misses that do not fit a whole layer has to come; the
+    rest to slots, no more than the GPU leaves out."""
+    below = sizes.smallest_below
+    left = memory - headroom(memory) - sum(sizes.memory_details(shape.max_model_len, below).values())
+    staging = sizes.largest_staging
+    while staging > below.staging_bytes and staging - below.staging_bytes > max(0, left) // _SHARE:
+        staging = round_up(staging // 2, 2 * _PAGE)
+    staging = max(staging, below.staging_bytes)
+    left -= staging - below.staging_bytes
+    return _Below(min(sizes.num_neurons - shape.num_slots, max(0, left) // sizes.layout.stride), staging)
+
+
+def _below_notes(sizes: _Sizes, below: _Below | None, home_memory: int) -> Iterator[str]:
+    if below is not None:
+        kept = format_size(below.num_slots * sizes.layout.stride)
+        yield (
+            f"main memory keeps {kept} of the FFN's {format_size(sizes.ffn_bytes)} and reads the rest from disk; "
+            f"--memory {home_memory // _MIB}MiB would hold all of it"
+        )
 
 
 def _notes(sizes: _Sizes, shape: _Shape, budget: int, device: DeviceMemory) -> Iterator[str]:

@@ -2,20 +2,21 @@
 
 Which neurons have a slot decides where bytes come from and nothing else. The hot set starts from the profile and is
 ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), between two steps, by the
-device alone.
+device alone; over a home on disk it stays as it is.
 Shapes: L layers, F neurons, S slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
+from runtime.disk_home import DiskHome
 from runtime.gpu_home import GpuHome
-from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_neurons import (
     DOWN_MISSES,
     HITS,
@@ -38,13 +39,13 @@ class GpuSlots:
 
     def __init__(
         self,
-        home: GpuHome,
+        home: GpuHome | DiskHome,
         slots_per_layer: Sequence[int],
         frequency: np.ndarray,
         pinned: Sequence[int],
         device: torch.device,
     ) -> None:
-        num_layers, num_neurons, stride = home.records.shape
+        num_layers, num_neurons, stride = home.shape
         self.home, self.layout, self.device = home, home.layout, device
         self.slots_per_layer = tuple(int(n) for n in slots_per_layer)
         self.slab = torch.zeros(max(1, sum(self.slots_per_layer)), stride, dtype=torch.uint8, device=device)
@@ -68,7 +69,14 @@ class GpuSlots:
     def records(self, layer: int) -> Records:
         """What the kernels take of a layer."""
         num, slots = self.table.shape[1], self.slots_per_layer[layer]
-        return Records(self.home.records[layer], self.slab, self.table[layer], self.layout, slots == num)
+        return self.home.of_layer(layer, self.slab, self.table[layer], slots == num)
+
+    @property
+    def in_memory(self) -> torch.Tensor:
+        """The records of all neurons, uint8 [L, F, stride]. RuntimeError where they are on disk."""
+        if isinstance(self.home, DiskHome):
+            raise RuntimeError("no place in main memory holds all records")
+        return self.home.records
 
     def note(self) -> None:
         """Counters go to the host behind what has been started."""
@@ -87,15 +95,13 @@ class GpuSlots:
 
     def rerank(self) -> None:
         """Neurons most wanted of late take the slots of those least wanted, layer by layer."""
-        swapped = self.counters[SWAPPED : SWAPPED + 1]
+        swapped, words = self.counters[SWAPPED : SWAPPED + 1], self.home.words
+        if words is None:
+            return
         rerank(
-            self._score, self.used, self.table, self._wanted, self._home_words(), self.slab.view(torch.int32),
-            self._moves, swapped, _DECAY**self.interval, FAVOUR,
+            self._score, self.used, self.table, self._wanted, words, self.slab.view(torch.int32), self._moves, swapped,
+            _DECAY**self.interval, FAVOUR,
         )  # fmt: skip
-
-    def _home_words(self) -> torch.Tensor:
-        """int32 [L F, words of a record]."""
-        return self.home.records.view(-1, self.home.records.shape[2]).view(torch.int32)
 
     def _fill(self) -> None:
         chosen = self._best().nonzero()
@@ -113,13 +119,12 @@ class GpuSlots:
         """Records of neurons int64 [N, 2] (layer, neuron) into slots int32 [N]."""
         if not neurons.shape[0]:
             return
-        flat = neurons[:, 0] * self.table.shape[1] + neurons[:, 1]
-        copy_records(self._home_words(), self.slab.view(torch.int32), flat, slots.long())
-        self.table.view(-1)[flat] = slots
+        self.home.fill(neurons, self.slab, slots.long())
+        self.table[neurons[:, 0], neurons[:, 1]] = slots
 
     def snapshot(self) -> CacheSnapshot:
-        """As the last step that is done left it; waits for nothing."""
-        seen = self.seen()
+        """As the last step that is done left it, with the tiers below; waits for nothing."""
+        seen, below = self.seen(), self.home.snapshot()
         vectors = len(self.layout.vectors)
         vector_bytes = self.layout.hidden_size * self.layout.dtype.item_bytes
         misses = seen[LOOKUPS] - seen[HITS]
@@ -128,7 +133,7 @@ class GpuSlots:
         capacity = sum(self.slots_per_layer) * self.layout.stride
         tier = TierSnapshot(seen[LOOKUPS], seen[HITS], misses, seen[SWAPPED], seen[SWAPPED], capacity, capacity)
         transfer = TransferSnapshot(bytes=moved, needed_bytes=read + self.copied_bytes, requests=misses)
-        return CacheSnapshot({"gpu": tier}, {("cpu", "gpu"): transfer}, {})
+        return replace(below, tiers={"gpu": tier} | below.tiers, transfers={("cpu", "gpu"): transfer} | below.transfers)
 
     def close(self) -> None:
         self.home.close()

@@ -30,7 +30,7 @@ from runtime.engine import PREFILL_CHUNK, Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.forecast import Forecast, ReadTerms, forecast
 from runtime.gates import read_gates
-from runtime.gpu_forecast import GpuForecast, gpu_forecast
+from runtime.gpu_forecast import DiskTier, GpuForecast, gpu_forecast
 from runtime.gpu_machine import gpu_memory, measure_gpu
 from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
 from runtime.kernels import Kernels, select
@@ -236,9 +236,20 @@ def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuFor
         return None
     profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
     sparse = sparse_setup(packed, profile, cett, plan.num_pinned, select()) if plan.mode == "sparse" else None
-    frequency, stride = _needs(profile, sparse, plan.mode), packed.bundles.layout.stride
-    dense, slots = plan.mode == "dense", _slots(plan, sparse)
-    return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense)
+    return _gpu_forecast_of(packed, plan, _slots(plan, sparse), _needs(profile, sparse, plan.mode))
+
+
+def _gpu_forecast_of(
+    packed: Packed, plan: GpuPlan, slots: Sequence[int], frequency: np.ndarray, io_engine: str = "auto"
+) -> GpuForecast:
+    """Measures the GPU, and where the home is on disk the disk."""
+    file, dense = packed.bundles, plan.mode == "dense"
+    stride, disk = file.layout.stride, None
+    if plan.home_on_disk:
+        curve, way = device_curve(file.path, io_engine), reader_info(file.path)
+        terms = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment)
+        disk = DiskTier(file, plan.memory_slots_per_layer, terms)
+    return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense, disk)
 
 
 def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredictor | None = None) -> Loaded:
@@ -338,7 +349,9 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
     frequency = _needs(opened.profile, sparse, opened.mode)
     slots = _slots(plan, sparse)
     weights = _load_weights(packed, opened.dtype, progress, streamed=True)  # a layer at a time through main memory
-    parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, torch.device("cuda", 0), progress)
+    curve = device_curve(packed.bundles.path, options.io_engine) if plan.home_on_disk else None
+    gpu = torch.device("cuda", 0)
+    parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, gpu, progress, options.io_engine, curve)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         parts.model,
@@ -358,10 +371,12 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
         "io": {},
         "max_model_len": plan.max_model_len,
     }
+    if parts.below is not None:
+        engine_below = parts.below.reader_info.engine
+        info |= {"io_engine": f"zero-copy, {engine_below}", "io": io_info(parts.below, curve)}
 
     def expected() -> GpuForecast:
-        stride, dense = packed.bundles.layout.stride, opened.mode == "dense"
-        return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense)
+        return _gpu_forecast_of(packed, plan, slots, frequency, options.io_engine)
 
     return Loaded(engine, parts.model, parts.slots, opened.tokenizer, plan, packed, info, expected)
 

@@ -34,7 +34,9 @@ def _gpu_table(plan: GpuPlan) -> Table:
     table, uses, unused = _table(budgets), plan.uses(), plan.unused()
     remarks = _remarks(plan) | {"staging": f"prefill of up to {plan.prefill_chunk} rows"}
     _add_tier(table, "gpu", uses["gpu"], remarks, unused["gpu"], plan.smallest_gpu_bytes)
-    _add_tier(table, "cpu", uses["cpu"], {"home": "all of the FFN"}, unused["cpu"], plan.smallest_memory_bytes)
+    below = 100 * sum(plan.memory_slots_per_layer) / (len(plan.slots_per_layer) * plan.num_neurons)
+    kept = {"home": "all of the FFN", "slots": f"{below:.0f} % of the FFN, beside what the GPU keeps"}
+    _add_tier(table, "cpu", uses["cpu"], kept, unused["cpu"], plan.smallest_memory_bytes)
     return table
 
 
@@ -71,7 +73,9 @@ def forecast_line(expected: Forecast | GpuForecast | None, plan: Plan | GpuPlan)
     token, share = f"{1e3 / expected.tokens_per_s:.3g} ms", f"{expected.hit_share:.0%}"
     speed, reads = f"{expected.tokens_per_s:.3g} tokens/s", format_size(int(expected.read_bytes))
     if isinstance(expected, GpuForecast):
-        found, read, waited_s = "on the GPU", f"{reads} from main memory", expected.link_s
+        found, read, waited_s = "on the GPU", f"{reads} from main memory", expected.link_s + expected.disk_s
+        if expected.disk_bytes:
+            read += f", {format_size(int(expected.disk_bytes))} of that from disk"
     else:
         found, read, waited_s = "in memory", f"{reads} in {expected.num_requests:.0f} requests", expected.disk_s
     return (

@@ -223,3 +223,18 @@ def test_the_gpu_tier_is_driven_by_the_trace() -> None:
     assert counted.hits == sum(int((ids < NEURONS).sum()) for of_layer in steps for ids in of_layer)
     assert counted.missed_bytes >= (counted.lookups - counted.hits) * 64 and model.fixed_bytes > 0
     home.close()
+
+
+def test_a_home_on_disk_is_driven_by_the_trace(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu_tiers import measure_tiers, write_file
+
+    shape = replace(SHAPES["tiny"], hidden_size=32, intermediate_size=2 * NEURONS, num_attention_heads=2, head_dim=16)
+    replay, layout = Replay(make_trace()[0], 2, 2 * NEURONS), BundleLayout.make(32, False, BundleDtype.BF16)
+    plan = replace(shape_plan(shape, 64, 20), memory_slots_per_layer=(NEURONS // 2,) * 2, memory_staging_bytes=64 << 10)
+    file = write_file(shape, layout, tmp_path / "home")
+    found = measure_tiers(shape, 64, file, plan, replay, "cpu", warm=1, tokens=2)
+    steps = [ids.size for layer in range(2) for ids in steps_of(replay, layer, 1, 2)]
+    assert found["active_share"] == sum(steps) / 2 / (2 * 2 * NEURONS)
+    assert 0 < found["gpu_hit_share"] < 1 and 0 < found["memory_hit_share"] < 1 and 0 < found["stall_share"] < 1
+    assert found["disk_bytes_per_step"] >= found["disk_needed_bytes_per_step"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ class Side:
         return out
 
 
-def gpu_side(packed_dir: Path, mode: str, percent: float, loaded: Any) -> Side:
+def gpu_side(
+    packed_dir: Path, mode: str, percent: float, loaded: Any, below: float | None = None, staging: int = 1 << 20
+) -> Side:
+    """below: percent of the FFN that main memory keeps of a home on disk."""
     from runtime.gpu_load import make_gpu
 
     packed = loaded.packed
@@ -75,6 +79,9 @@ def gpu_side(packed_dir: Path, mode: str, percent: float, loaded: Any) -> Side:
         config, packed.bundles.layout, options, HostMemory(big, big, None, "MemAvailable"),
         DeviceMemory("GPU", big, big), 0, packed.sketch_sizes(packed.cett),
     )  # fmt: skip
+    if below is not None:
+        num = int(config.intermediate_size * below / 100)
+        plan = replace(plan, memory_slots_per_layer=(num,) * config.num_hidden_layers, memory_staging_bytes=staging)
     profile = packed.read("profile.safetensors")
     sparse = sparse_setup(packed, profile, packed.cett, loaded.plan.num_pinned, select()) if mode == "sparse" else None
     frequency = profile["frequency"][0] if sparse is None else sparse.frequency

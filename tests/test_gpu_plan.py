@@ -49,7 +49,15 @@ def check(made: GpuPlan, config: ModelConfig) -> None:
     assert made.staging_bytes % stride == 0 and made.gpu_details["staging.buffers"] == 2 * made.staging_bytes
     assert 1 <= made.prefill_chunk <= made.max_model_len
     assert made.decode_buckets[-1] >= min(16, made.max_num_seqs) and made.decode_buckets[0] == 1
-    assert made.memory_details["home.records"] == made.ffn_bytes
+    if made.home_on_disk:
+        below = sum(made.memory_slots_per_layer)
+        assert made.memory_details["slots.records"] == below * stride < made.ffn_bytes
+        assert made.memory_details["staging.buffer"] == made.memory_staging_bytes
+        assert below + sum(made.slots_per_layer) <= config.num_hidden_layers * config.intermediate_size
+        assert made.memory_budget_bytes < made.home_memory_bytes
+        assert any(f"--memory {made.home_memory_bytes >> 20}MiB would hold all" in note for note in made.notes)
+    else:
+        assert made.memory_details["home.records"] == made.ffn_bytes and not made.memory_slots_per_layer
 
 
 @pytest.mark.parametrize("config", [SMOL, LARGE, TINY], ids=["smol", "large", "tiny"])
@@ -81,9 +89,25 @@ def test_smallest_budgets_work_and_one_byte_less_is_refused(config: ModelConfig,
     check(plan(config, PlanOptions(gpu_memory_bytes=gpu, memory_bytes=memory, ffn_cache=cache)), config)
     with pytest.raises(BudgetError, match=f"is too small .*; the smallest that works is --gpu-memory {gpu >> 20}MiB"):
         plan(config, PlanOptions(gpu_memory_bytes=gpu - 1, ffn_cache=cache))
-    with pytest.raises(BudgetError, match=f"main memory for the GPU; .* --memory {memory >> 20}MiB") as caught:
+    with pytest.raises(BudgetError, match=f"even with the records .* on disk; .* --memory {memory >> 20}MiB") as caught:
         plan(config, PlanOptions(memory_bytes=memory - 1, ffn_cache=cache))
     assert caught.value.smallest_bytes == memory
+
+
+def test_main_memory_that_cannot_hold_the_home_leaves_it_on_disk() -> None:
+    free = plan(LARGE, PlanOptions(max_model_len=2048))
+    home, smallest = free.home_memory_bytes, free.smallest_memory_bytes
+    assert not free.home_on_disk and smallest < home - 0.9 * free.ffn_bytes
+    gpu = PlanOptions(gpu_memory_bytes=8 * GIB, max_model_len=2048)
+    at_home, without = (plan(LARGE, replace(gpu, memory_bytes=n)) for n in (home, home - 1))
+    assert not at_home.home_on_disk and without.home_on_disk
+    assert at_home.uses()["gpu"] == without.uses()["gpu"] and at_home.num_pinned == without.num_pinned
+    tight = [plan(LARGE, replace(gpu, memory_bytes=n)) for n in range(smallest, home, GIB)]
+    for made in tight:
+        check(made, LARGE)
+    shares = [sum(made.memory_slots_per_layer) for made in tight]
+    assert shares == sorted(shares) and shares[0] < 0.05 * 36 * 18432
+    assert tight[-1].memory_staging_bytes > 18432 * 10304  # a whole layer
 
 
 def test_more_gpu_memory_never_means_fewer_slots() -> None:

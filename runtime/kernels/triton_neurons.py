@@ -38,13 +38,15 @@ _TYPES = {
 @dataclass(frozen=True, slots=True)
 class Records:
     """Where a layer's records are. home uint8 [F, stride] in (registered) main memory and slab uint8 [S, stride] on the
-    device; table int32 [F]: a neuron's slot, or -1. resident: all of them have one."""
+    device; table int32 [F]: a neuron's slot, or -1. resident: all of them have one. where int64 [F]: addresses of the
+    records that have no slot, as somebody writes them before each step; home then means nothing."""
 
     home: torch.Tensor
     slab: torch.Tensor
     table: torch.Tensor
     layout: BundleLayout
     resident: bool = False
+    where: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ def sums(rows: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list(  # type: ignore[no-untyped-def]
-    mask, live, table, used, ids, places, count, counters, slab, home, stride, NUM: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, CHAINED: tl.constexpr,
+    mask, live, table, used, ids, places, count, counters, slab, home, where, stride, NUM: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, INDIRECT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Each program writes ids and addresses of its block behind those of the blocks before, which it counts itself."""
     block = tl.program_id(0)
@@ -102,7 +104,11 @@ def _list(  # type: ignore[no-untyped-def]
         taken |= own
         predicted += tl.sum(own).to(tl.int64)
     k = before + tl.cumsum(taken, 0) - taken
-    wide = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, home + place.to(tl.int64) * stride)
+    if INDIRECT:
+        elsewhere = tl.load(where + place, mask=(taken > 0) & (slot < 0), other=0)
+    else:
+        elsewhere = home + place.to(tl.int64) * stride
+    wide = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, elsewhere)
     tl.store(ids + k, place, mask=taken > 0)
     tl.store(places + k, wide, mask=taken > 0)
     tl.store(used + place, tl.load(used + place, mask=taken > 0, other=0) + 1, mask=taken > 0)
@@ -307,7 +313,8 @@ def add_ffn(
     """
     if act not in ACTS:
         raise ValueError(f"unknown activation {act}")
-    (rows, hidden), (num, stride), layout = x.shape, records.home.shape, records.layout
+    (rows, hidden), num, layout = x.shape, records.table.shape[0], records.layout
+    stride = layout.stride
     item, cuda = layout.dtype.item_bytes, x.is_cuda
     at = {v.name: v.offset // item for v in layout.vectors}
     scale = {v.name: v.scale_offset for v in layout.vectors}
@@ -318,8 +325,9 @@ def add_ffn(
     if mask is not None:
         past = min(_PAST, triton.next_power_of_2(num))
         _list[(triton.cdiv(num, _LISTED),)](
-            mask, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home, stride,
-            NUM=num, B=rows, BLOCK=_LISTED, PAST=past, num_warps=8, **chained(x),
+            mask, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home,
+            records.table if records.where is None else records.where, stride, NUM=num, B=rows, BLOCK=_LISTED,
+            PAST=past, INDIRECT=records.where is not None, num_warps=8, **chained(x),
         )  # fmt: skip
     t = _tiling(rows, hidden, layout.gated, records.resident or mask is None)
     _factors[((_FACTOR_PROGRAMS_ALONE if t.factors == 1 else _FACTOR_PROGRAMS) if cuda else 3,)](
