@@ -57,9 +57,9 @@ def beside(steps: Figures) -> Iterator[str]:
     if (t := steps.get("afm-4.5b three tiers")) is not None:
         yield (
             f"Home on disk, main memory at {t['ffn_in_memory_percent']} % of the FFN, {t['ffn_on_gpu_percent']} % on "
-            f"the GPU: {t['tokens_per_s']:.1f} tokens/s, {t['stall_share']:.0%} of the time waiting for the disk, which "
-            f"gave {t['disk_bytes_per_step'] / 1e6:.0f} MB a token at {t['disk_bytes_per_s'] / 1e9:.2f} GB/s "
-            f"({t['gpu_hit_share']:.0%} found on the GPU, {t['memory_hit_share']:.0%} of the rest in main memory)."
+            f"the GPU: {t['tokens_per_s']:.1f} tokens/s, {t['stall_share']:.0%} of the time waiting for the disk "
+            f"({t['disk_bytes_per_step'] / 1e6:.0f} MB a token at {t['disk_bytes_per_s'] / 1e9:.2f} GB/s; "
+            f"{t['gpu_hit_share']:.0%} found on the GPU, {t['memory_hit_share']:.0%} of the rest in main memory)."
         )
     yield from _served(steps)
     for name in ("tests", "tests of kernels and slots"):
