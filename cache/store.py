@@ -42,7 +42,11 @@ class BundleFile:
         Checksums are verified, and the pages dropped again. Raises ReadError.
         """
         step = max(1, _PIECE_BYTES // self.layout.stride)
-        with self.path.open("rb", buffering=0) as file:
+        try:
+            file = self.path.open("rb", buffering=0)
+        except OSError as error:  # moved, or no longer ours to read
+            raise _read_error(self.path, self.layer_offsets[layer], self.layer_bytes, error) from error
+        with file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read what is asked for and no more
             for start in range(0, self.num_neurons, step):
                 num = min(step, self.num_neurons - start)
@@ -50,7 +54,10 @@ class BundleFile:
 
     def _piece(self, fd: int, layer: int, start: int, num: int) -> np.ndarray:
         offset, wanted = self.layer_offsets[layer] + start * self.layout.stride, num * self.layout.stride
-        data = os.pread(fd, wanted, offset)
+        try:
+            data = os.pread(fd, wanted, offset)
+        except OSError as error:
+            raise _read_error(self.path, offset, wanted, error) from error
         os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
         if len(data) < wanted:
             raise ReadError(str(self.path), offset, wanted, "the file ends too early")
@@ -66,3 +73,7 @@ class BundleFile:
         end, size = max(self.layer_offsets) + self.layer_bytes, self.path.stat().st_size
         if size < end:
             raise FormatError(FormatKind.TRUNCATED, f"{self.path}: {size} bytes long, its layers end at {end}")
+
+
+def _read_error(path: Path, offset: int, num_bytes: int, error: OSError) -> ReadError:
+    return ReadError(str(path), offset, num_bytes, error.strerror or str(error))

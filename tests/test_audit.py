@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,25 @@ def test_a_damaged_layer_is_an_error_once(file: BundleFile) -> None:
     with file.path.open("r+b") as out:
         out.write(b"\x13")
     with pytest.raises(ReadError, match="checksum"):
+        auditor.run_one()
+    assert not auditor.run_one()
+
+
+def test_a_file_that_is_gone_or_fails_is_a_read_error_that_names_it(
+    file: BundleFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auditor = Auditor(file, "relu", np.ones((1, NEURONS), np.float32), 1.0)
+    x, mask = np.ones((2, HIDDEN), np.float32), np.ones((2, NEURONS), bool)
+    auditor.offer(0, x, mask)
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.pread", fails)
+    with pytest.raises(ReadError, match=r"bundles: .*offset 0 .*Input/output error"):
+        auditor.run_one()
+    file.path.rename(file.path.with_name("moved"))
+    with pytest.raises(ReadError, match=r"bundles: .*No such file"):
         auditor.run_one()
     assert not auditor.run_one()
 
