@@ -18,7 +18,8 @@ class StreamedLayers(Sequence[LayerWeights]):
     """`num_layers` layers, each made by `load(layer)` on a thread of its own. One iteration at a time; at most
     `runtime.plan.LAYERS_AT_ONCE` are in memory.
 
-    Where `load` fails with a FormatError (the file is gone, or shorter than it was), a ReadError is raised.
+    Where `load` fails with a FormatError (the file is gone, or shorter than it was) or with an error of the system, a
+    ReadError is raised.
     """
 
     def __init__(self, num_layers: int, load: Callable[[int], LayerWeights]) -> None:
@@ -49,5 +50,5 @@ class StreamedLayers(Sequence[LayerWeights]):
     def _read(self, layer: int) -> LayerWeights:
         try:
             return self._load(layer)
-        except FormatError as error:
+        except (FormatError, OSError) as error:
             raise ReadError(f"layer {layer}", 0, 0, str(error)) from error

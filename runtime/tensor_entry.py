@@ -6,7 +6,8 @@ Knows files and byte ranges; not the formats that say where a tensor is, and not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from cache.errors import FormatError, FormatKind
+from cache.errors import ColdstreamError, FormatError, FormatKind, ReadError
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # stored as computed with
 _PIECE_BYTES = 8 << 20  # read at once: large enough for the disk, small enough for the budget's headroom of file pages
@@ -35,7 +36,8 @@ class TensorEntry:
 def read_into(path: Path, offset: int, out: np.ndarray) -> None:
     """Fills uint8 [N] `out` from the file at byte `offset`, and drops the pages again from the page cache.
 
-    Raises FormatError: MISSING_FILE when the file is gone, TRUNCATED when it ends before the range does.
+    Raises FormatError: MISSING_FILE when the file is gone, TRUNCATED when it ends before the range does; ReadError when
+    the disk fails.
     """
     view = out.data
     with open_file(path) as file:
@@ -48,7 +50,11 @@ def read_into(path: Path, offset: int, out: np.ndarray) -> None:
 def _read_piece(fd: int, path: Path, offset: int, out: memoryview) -> None:
     done = 0
     while done < len(out):
-        num = os.preadv(fd, [out[done:]], offset + done)
+        try:
+            num = os.preadv(fd, [out[done:]], offset + done)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ReadError(str(path), offset + done, len(out) - done, reason) from error
         if num == 0:
             raise FormatError(
                 FormatKind.TRUNCATED,
@@ -57,12 +63,20 @@ def _read_piece(fd: int, path: Path, offset: int, out: memoryview) -> None:
         done += num
 
 
-def open_file(path: Path) -> BinaryIO:
-    """The file, open for reading. FormatError(MISSING_FILE) naming it when that is not possible."""
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading. Whatever fails names it, so that it is not taken for an error of what is written
+    meanwhile: FormatError(MISSING_FILE) when it cannot be opened, ColdstreamError when it cannot be read.
+    """
     try:
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise FormatError(FormatKind.MISSING_FILE, f"{path}: cannot be opened ({error.strerror})") from error
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise ColdstreamError(f"{path}: reading at byte {file.tell()} failed: {error.strerror or error}") from error
 
 
 def check_ranges(path: Path, entries: Iterable[TensorEntry], file_bytes: int) -> None:

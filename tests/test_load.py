@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from cache.bundle import unpack_vector
-from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, UnsupportedError
+from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, ReadError, UnsupportedError
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
 from runtime.load import Loaded, LoadOptions, load, open_forecast, prepare
@@ -364,6 +366,23 @@ def test_a_truncated_shard_leaves_nothing(tmp_path: Path, tiny_llama: Any) -> No
         packed(copy, tmp_path / "out" / "packed", text)
     assert caught.value.kind is FormatKind.TRUNCATED and shard.name in str(caught.value)
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_a_source_that_cannot_be_read_is_named_not_what_is_written(
+    tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _, text = tiny_llama
+    preadv, calls = os.preadv, itertools.count()
+
+    def fails(fd: int, buffers: Any, offset: int) -> int:
+        if next(calls) > 10:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr("os.preadv", fails)
+    with pytest.raises(ReadError, match=r"model-.*safetensors: reading \d+ bytes at offset \d+ failed: Input/output"):
+        packed(checkpoint, tmp_path / "out" / "packed", text)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path, tiny_llama: Any) -> None:

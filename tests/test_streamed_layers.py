@@ -30,12 +30,13 @@ def test_layers_come_in_order_and_the_next_is_read_meanwhile() -> None:
     assert list(layers) == [0, 1, 2]
 
 
-def test_a_layer_that_cannot_be_read_is_a_read_error_and_the_next_step_tries_again() -> None:
+@pytest.mark.parametrize("error", [FormatError(FormatKind.TRUNCATED, "cut"), OSError(5, "cut")])
+def test_a_layer_that_cannot_be_read_is_a_read_error_and_the_next_step_tries_again(error: Exception) -> None:
     broken = threading.Event()
 
     def make(layer: int) -> Any:
         if broken.is_set() and layer == 1:
-            raise FormatError(FormatKind.TRUNCATED, "cut")
+            raise error
         return layer
 
     layers = StreamedLayers(2, make)
