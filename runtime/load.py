@@ -620,8 +620,10 @@ def _load_weights(
 
 
 def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:
-    """Where the resident part is read from: the packed directory itself, or the checkpoint, its fingerprint checked."""
+    """Where the resident part is read from: the packed directory itself, its checksum verified, or the checkpoint, its
+    fingerprint checked."""
     if packed.standalone:
+        packed.verify(RESIDENT, keep_pages=False)
         return ResidentFile(packed.path / RESIDENT, packed.config)
     checkpoint = open_checkpoint(packed.source.path)
     before = [FileFingerprint.from_json(f) for f in packed.source.fingerprint]

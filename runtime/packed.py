@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cache.bundle import BundleLayout
 from cache.errors import FormatError, FormatKind
 from cache.store import BundleFile
 from runtime.config import ModelConfig
+from runtime.tensor_entry import open_file
 
 FORMAT = "coldstream-packed"
 VERSION = 3
@@ -36,6 +38,7 @@ MANIFEST, BUNDLES, PROFILE, SKETCH, RESIDENT = (
     "sketch.safetensors",
     "resident.safetensors",
 )
+_PIECE_BYTES = 1 << 20  # hashed at once
 _ALIGN = 4096  # of the FFN region of the file: a page, and every device's block
 
 
@@ -115,13 +118,18 @@ class Packed:
     def read(self, file: str) -> dict[str, np.ndarray]:
         """All tensors of a small file, its checksum verified. Raises FormatError."""
         path = self.path / file
-        if sha256(path) != self.checksums[file]:
-            raise FormatError(FormatKind.BAD_CHECKSUM, f"{path}: the checksum is wrong; run `coldstream prepare` again")
+        self.verify(file)
         try:
             with safe_open(path, "np") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
+
+    def verify(self, file: str, keep_pages: bool = True) -> None:
+        """Reads a file whole and compares it with its checksum. Raises FormatError."""
+        path = self.path / file
+        if sha256(path, keep_pages) != self.checksums[file]:
+            raise FormatError(FormatKind.BAD_CHECKSUM, f"{path}: the checksum is wrong; run `coldstream prepare` again")
 
 
 def is_packed(path: Path) -> bool:
@@ -234,9 +242,17 @@ def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -
     return struct.pack("<Q", len(padded)) + padded
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file; FormatError when it is missing."""
+def sha256(path: Path, keep_pages: bool = True) -> str:
+    """Hex digest of a file. keep_pages: of the page cache, as the file is read again; a large one should not fill it.
+
+    Raises FormatError when it is missing, ColdstreamError when it cannot be read.
+    """
     if not path.is_file():
         raise FormatError(FormatKind.MISSING_FILE, f"{path}: the file is missing")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    with open_file(path) as file:
+        while num := file.readinto(piece):  # type: ignore[attr-defined]
+            digest.update(piece[:num])
+            if not keep_pages:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()

@@ -311,6 +311,15 @@ def test_truncated_bundles_and_missing_files(model: Path) -> None:
     refused(model, FormatKind.MISSING_FILE, PROFILE)
 
 
+def test_damage_to_the_resident_part_is_found(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    model = packed(checkpoint, tmp_path / "packed", text, standalone=True)
+    data = bytearray((model / RESIDENT).read_bytes())
+    data[-7] ^= 1
+    (model / RESIDENT).write_bytes(data)
+    refused(model, FormatKind.BAD_CHECKSUM, RESIDENT)
+
+
 def test_a_source_that_changed_or_vanished_is_refused(tmp_path: Path, tiny_llama: Any) -> None:
     checkpoint, _, text = tiny_llama
     copy = tmp_path / "copy"
