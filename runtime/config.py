@@ -413,7 +413,10 @@ def _rope_from_gguf(file: GgufFile, fields: _Fields, arch: str) -> tuple[float, 
     given = {k.removeprefix(prefix): _scalar(file, k) for k in file.metadata if k.startswith(prefix)}
     rope = _Fields(f"{file.path.name}: {arch}.rope", {"freq_base": _scalar(file, f"{arch}.rope.freq_base", 10000.0)})
     theta = rope.number("freq_base")
-    rope_type = given.get("type", "none")
+    old = _scalar(file, f"{arch}.rope.scale_linear")
+    if old is not None:
+        given.setdefault("factor", old)
+    rope_type = given["type"] if "type" in given else _implied_type(given)
     inner = _Fields(f"{file.path.name}: {prefix[:-1]}", {"rope_type": "default" if rope_type == "none" else rope_type})
     if inner.data["rope_type"] not in ("default", "linear", "yarn"):
         raise inner.unsupported("rope_type", "; supported are none, linear, yarn")
@@ -432,6 +435,11 @@ def _rope_from_gguf(file: GgufFile, fields: _Fields, arch: str) -> tuple[float, 
     if scaling is not None:
         raise UnsupportedError(f"{file.path.name}: rope_freqs.weight together with {prefix}type is not supported")
     return theta, _llama3_from_factors(fields, theta, file.load("rope_freqs.weight").reshape(-1))
+
+
+def _implied_type(given: Mapping[str, Any]) -> str:
+    """Where a file names no type, llama.cpp takes linear (`load_hparams`); a factor of 0 or 1 scales nothing there."""
+    return "none" if given.get("factor", 1) in (0, 1) else "linear"
 
 
 def _llama3_from_factors(fields: _Fields, theta: float, factors: np.ndarray) -> RopeScaling | None:

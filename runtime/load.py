@@ -633,6 +633,11 @@ def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:
             FormatKind.SOURCE_CHANGED,
             f"{packed.source.path}: changed since {packed.path} was made from it; run `coldstream prepare` again",
         )
+    if checkpoint.config.rope_scaling != packed.config.rope_scaling:  # an older version did not read all of GGUF's keys
+        raise FormatError(
+            FormatKind.SOURCE_CHANGED,
+            f"{packed.path}: its RoPE scaling is not what {packed.source.path} says; remove it, and pack again",
+        )
     return checkpoint
 
 

@@ -220,6 +220,25 @@ def test_gguf_yarn_is_the_same_as_the_config_that_it_came_from() -> None:
     assert config.rope_scaling == ModelConfig.from_hf({"model_type": "arcee", "rope_scaling": YARN}).rope_scaling
 
 
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),  # linear is llama.cpp's default
+        ({"rope.scale_linear": 4.0}, 4.0),  # the key's old name
+        ({"rope.scale_linear": 4.0, "rope.scaling.factor": 8.0}, 8.0),
+        ({"rope.scale_linear": 4.0, "rope.scaling.type": "linear"}, 4.0),
+        ({"rope.scale_linear": 4.0, "rope.scaling.type": "none"}, None),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({"rope.scaling.original_context_length": 64}, None),
+    ],
+)
+def test_every_way_to_say_linear_scaling_in_gguf(keys: dict[str, Any], factor: float | None) -> None:
+    config = ModelConfig.from_gguf(gguf(**{f"ARCH.{k}": v for k, v in keys.items()}))
+    assert config.rope_scaling == (None if factor is None else RopeScaling("linear", {"factor": factor}))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (8.0, 2.0, 6.0)])
 def test_llama3_is_found_again_in_the_divisors(
@@ -269,6 +288,8 @@ def test_other_divisors(
         ({"ARCH.block_count": None}, FormatError, "num_hidden_layers"),
         ({"ARCH.embedding_length": "64"}, FormatError, "hidden_size"),
         ({"ARCH.rope.freq_base": "x"}, FormatError, "freq_base"),
+        ({"ARCH.rope.scale_linear": "x"}, FormatError, "factor"),
+        ({"ARCH.rope.scaling.type": ""}, UnsupportedError, "rope_type"),
         ({"tokenizer.ggml.eos_token_id": -1}, FormatError, "eos_token_ids"),
     ],
 )
@@ -280,6 +301,7 @@ def test_gguf_metadata_that_is_not_run(meta: dict[str, Any], kind: type[Coldstre
 def test_no_metadata_value_gets_past_the_checks_as_another_error() -> None:
     keys = [*gguf().metadata, "llama.attention.head_count_kv", "llama.attention.key_length", "llama.expert_count"]
     keys += ["llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scaling.attn_factor", "split.count"]
+    keys += ["llama.rope.scale_linear"]
     for key in keys:
         for value in [*(v for v in WEIRD if not isinstance(v, dict)), np.array([1, 2]), np.array([])]:
             for scaling in ({}, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}):

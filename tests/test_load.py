@@ -337,6 +337,13 @@ def test_a_source_that_changed_or_vanished_is_refused(tmp_path: Path, tiny_llama
     assert (alone / RESIDENT).is_file() and not (model / RESIDENT).exists()
 
 
+def test_a_pack_whose_rope_was_read_otherwise_is_refused(model: Path) -> None:
+    config = json.loads((model / MANIFEST).read_text())["config"]
+    scaling = {"rope_type": "linear", "parameters": {"factor": 4.0}}
+    edit_manifest(model, config=config | {"rope_scaling": scaling})
+    refused(model, FormatKind.SOURCE_CHANGED, "RoPE")
+
+
 def test_options_that_make_no_sense_are_refused_by_name(model: Path) -> None:
     for options, says in (
         (LoadOptions(device="cuda"), "--device"),
