@@ -31,6 +31,7 @@ from runtime.muon import Muon
 from runtime.objective import kl_divergence, relative_error, steered
 from runtime.prompts import Prompts
 from runtime.ranks import Ranks
+from runtime.safetensors_file import open_to_others
 from runtime.served import find_thresholds, measure_thresholds, perplexity, serve_rule
 from runtime.student import Decoder, Ffn, match_scale, student_of
 from runtime.teacher import SelfSampler
@@ -421,6 +422,7 @@ class Sparsifier:
         )
         partial = path.with_name(path.name + ".partial")
         save_file(tensors | {"epsilon": self._epsilon}, partial, metadata={"state": state})
+        open_to_others(partial)
         os.replace(partial, path)
 
     def load(self, path: Path, identity: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ from runtime.packed import (
     write_manifest,
 )
 from runtime.plan import sketch_row_bytes
+from runtime.safetensors_file import open_to_others
 from runtime.streams import embed, layers
 from runtime.tokenizer import Tokenizer
 from runtime.tune import REFERENCE_CACHE, SKETCH_BITS, Samples, TunedLayer
@@ -173,8 +174,9 @@ def _write(
         found = _pack_layers(checkpoint, file, layout, windows, options, progress)
         file.flush()
         os.fsync(file.fileno())
-    save_file(found.sketches, out / SKETCH)
-    save_file(found.profile(), out / PROFILE)
+    for name, tensors in ((SKETCH, found.sketches), (PROFILE, found.profile())):
+        save_file(tensors, out / name)
+        open_to_others(out / name)
     if options.standalone:
         _copy_resident(checkpoint, out / RESIDENT)
     tokenizer.save(out)

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,27 +104,19 @@ class Packed:
 
     def sketch_sizes(self, cett: float) -> list[SketchSize]:
         """Of the layers that are sparse at a CETT, from the file's header alone. Raises FormatError."""
-        path = self.path / SKETCH
-        try:
-            with safe_open(path, "np") as opened:
-                shapes = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                return [
-                    SketchSize.of(shapes, f"layers.{i}.", self.config.intermediate_size)
-                    for i, sparse in enumerate(self.sparse_layers(cett))
-                    if sparse
-                ]
-        except SafetensorError as error:
-            raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
+        with _opened(self.path / SKETCH) as opened:
+            shapes = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [
+                SketchSize.of(shapes, f"layers.{i}.", self.config.intermediate_size)
+                for i, sparse in enumerate(self.sparse_layers(cett))
+                if sparse
+            ]
 
     def read(self, file: str) -> dict[str, np.ndarray]:
         """All tensors of a small file, its checksum verified. Raises FormatError."""
-        path = self.path / file
         self.verify(file)
-        try:
-            with safe_open(path, "np") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
+        with _opened(self.path / file) as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
     def verify(self, file: str, keep_pages: bool = True) -> None:
         """Reads a file whole and compares it with its checksum. Raises FormatError."""
@@ -132,12 +125,39 @@ class Packed:
             raise FormatError(FormatKind.BAD_CHECKSUM, f"{path}: the checksum is wrong; run `coldstream prepare` again")
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Its tensors. FormatError naming the file and what is wrong: the format's own library takes every file that it may
+    not read for one that is not there."""
+    with open_file(path):
+        try:
+            with safe_open(path, "np") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise FormatError(FormatKind.BAD_HEADER, f"{path}: {error}") from error
+
+
 def is_packed(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether there is a manifest. FormatError where that cannot be known."""
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
 def open_packed(path: Path) -> Packed:
     """Reads the manifest and checks that its files are there and long enough. Raises FormatError."""
+    try:
+        return _open_packed(path)
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> FormatError:
+    return FormatError(FormatKind.MISSING_FILE, f"{error.filename}: cannot be opened ({error.strerror})")
+
+
+def _open_packed(path: Path) -> Packed:
     data = _read_manifest(path / MANIFEST)
     try:
         layout = BundleLayout.from_json(data["layout"])

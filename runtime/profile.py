@@ -48,6 +48,7 @@ from runtime.predictivity import (
     top_scores,
 )
 from runtime.read_cost import read_cost
+from runtime.safetensors_file import open_to_others
 from runtime.sparsity import (
     CETT_TARGETS,
     Likelihood,
@@ -159,6 +160,7 @@ def _write(out: Path, figures: dict[str, Any], statistics: dict[str, np.ndarray]
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(statistics, out / STATISTICS)
+        open_to_others(out / STATISTICS)
         (out / JSON).write_text(json.dumps(rounded(figures), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ColdstreamError(f"--out {out}: cannot be written ({error.strerror or error})") from error

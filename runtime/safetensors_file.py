@@ -1,4 +1,5 @@
-"""The header of one safetensors file, read with distrust. Knows the format, not models and not directories.
+"""The header of one safetensors file, read with distrust, and the mode of one that was written. Knows the format, not
+models and not directories.
 
 Format: 8 bytes length of the header (little endian), the header as JSON, the data. The offsets in the header count
 from the end of the header.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     check_ranges(path, entries.values(), file_bytes)
     return SafetensorsFile(path, 8 + length, {str(k): str(v) for k, v in metadata.items()}, entries)
+
+
+def open_to_others(path: Path) -> None:
+    """Gives a file that the format's own library wrote, for its user alone, the mode that any new file has.
+
+    A packed model is made by one user and served by another.
+    """
+    mask = os.umask(0o077)  # the only way to ask
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _check_length(path: Path, prefix: bytes, length: int, file_bytes: int) -> None:

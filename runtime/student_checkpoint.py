@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from runtime.checkpoint import Checkpoint, GgufCheckpoint, expected_tensors
 from runtime.config import ModelConfig
+from runtime.safetensors_file import open_to_others
 from runtime.student import DRELU, Decoder
 from runtime.tokenizer import Tokenizer
 
@@ -79,6 +80,7 @@ def write_student(student: Decoder, source: Checkpoint, tokenizer: Tokenizer, ou
         state = student.state_dict()
         tensors = {n: state[n].detach().to("cpu", dtype, copy=True).contiguous() for n in names}
         save_file(tensors, out / name, metadata={"format": "pt"})
+        open_to_others(out / name)
         index |= dict.fromkeys(names, name)
     if len(files) > 1:
         size = output_bytes(student.config, dtype)

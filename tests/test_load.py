@@ -311,6 +311,33 @@ def test_truncated_bundles_and_missing_files(model: Path) -> None:
     refused(model, FormatKind.MISSING_FILE, PROFILE)
 
 
+def test_another_user_may_read_a_packed_model_as_far_as_the_umask_lets(tmp_path: Path, tiny_llama: Any) -> None:
+    checkpoint, _, text = tiny_llama
+    before = os.umask(0o027)
+    try:
+        model = packed(checkpoint, tmp_path / "packed", text, standalone=True)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in model.iterdir()} == {p.name: 0o640 for p in model.iterdir()}
+
+
+@pytest.mark.parametrize("name", [MANIFEST, PROFILE, SKETCH])
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener = Path.open
+
+    def denies(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opener(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denies)
+    with pytest.raises(FormatError, match=rf"{name}: cannot be opened \(Permission denied\)"):
+        load(str(model), LoadOptions(mode="sparse"), quiet)
+
+
 def test_damage_to_the_resident_part_is_found(tmp_path: Path, tiny_llama: Any) -> None:
     checkpoint, _, text = tiny_llama
     model = packed(checkpoint, tmp_path / "packed", text, standalone=True)

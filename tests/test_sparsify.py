@@ -179,6 +179,7 @@ def test_what_is_written(trained: tuple[Path, dict[str, Any], Reports], tiny_lla
     out, figures, _ = trained
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", FIGURES, CARD} <= names
+    assert len({(out / n).stat().st_mode for n in ("config.json", "model.safetensors")}) == 1  # others may read it too
     assert not job.state_path(out).exists() and [p.name for p in out.parent.iterdir()] == [out.name]
     assert json.loads((out / FIGURES).read_text()) == figures
     assert figures["recipe"]["act"] == "relu2" and len(figures["curve"]) == 2
