@@ -76,6 +76,7 @@ def measure_tiers(
     import torch
 
     from benchmarks.gpu_product import ProductTraced
+    from benchmarks.gpu_shapes import weight_cap
     from runtime.disk_home import DiskHome
     from runtime.gpu_tiers import TieredFFN
 
@@ -111,7 +112,7 @@ def measure_tiers(
         "ffn_on_gpu_percent": round(100 * plan.ffn_cache_share),
         "ffn_in_memory_percent": MEMORY_PERCENT,
         "memory_budget_bytes": plan.memory_budget_bytes,
-        "gpu_budget_bytes": plan.gpu_budget_bytes,
+        "gpu_budget_bytes": weight_cap(plan),
     }
 
 
