@@ -16,7 +16,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +34,15 @@ _MAGIC = b"cskv\x00\x00\x00\x01"
 _HASH_BYTES = 16
 _HEAD_BYTES = len(_MAGIC) + _HASH_BYTES
 _ENDING, _PART = ".kv", ".part"
+_HOME = re.compile(r"[0-9a-f]{24}")
+_FILE = re.compile(rf"[0-9a-f]{{32}}({re.escape(_ENDING)}|\.[0-9]+{re.escape(_PART)})")
+_STALE_S = 60.0  # a chunk is written in milliseconds
 
 
 class PrefixStore:
     """At most `max_bytes` of files below `directory`, of all models together; those used longest ago go first.
 
+    model: 24 hexadecimal digits. Files of other names are left alone, and not counted.
     Others must not be able to read what prompts said: directories and files are the user's own. Raises ColdstreamError
     for a directory that cannot be had.
     """
@@ -69,6 +76,7 @@ class PrefixStore:
         part = path.with_suffix(f".{os.getpid()}{_PART}")
         try:
             self._make_room(_HEAD_BYTES + len(content))
+            part.unlink(missing_ok=True)  # of one that was killed and had our number, as in a container
             with open(part, "xb", opener=_private) as file:
                 file.write(_MAGIC + _hash(content))
                 file.write(content)
@@ -128,11 +136,30 @@ class PrefixStore:
 
 def _files(directory: Path) -> OrderedDict[Path, int]:
     """The chunks of all models with their bytes, oldest use first. Removes what a writer that was killed has left."""
-    for part in directory.glob(f"*/*{_PART}"):
-        part.unlink(missing_ok=True)
-    found = [(path.stat(), path) for path in directory.glob(f"*/*{_ENDING}")]
+    found = []
+    for path in _own(directory):
+        with contextlib.suppress(FileNotFoundError):  # another server on the same directory made room
+            stat = path.stat()
+            if path.suffix == _ENDING:
+                found.append((stat, path))
+            elif _is_stale(path, stat.st_mtime):
+                path.unlink()
     found.sort(key=lambda entry: entry[0].st_mtime)
     return OrderedDict((path, stat.st_size) for stat, path in found)
+
+
+def _own(directory: Path) -> Iterator[Path]:
+    """Files that a store has written, by their names. The directory may hold what is somebody else's."""
+    for home in directory.iterdir():
+        if _HOME.fullmatch(home.name) and home.is_dir():
+            yield from (path for path in home.iterdir() if _FILE.fullmatch(path.name))
+
+
+def _is_stale(part: Path, modified: float) -> bool:
+    """Whether nobody is writing it: neither a process here, nor, as far as its age tells, one of another container."""
+    pid = int(part.suffixes[0][1:])
+    alive = pid != os.getpid() and Path("/proc", str(pid)).exists()
+    return not alive and time.time() - modified > _STALE_S
 
 
 def _hash(content: memoryview) -> bytes:

@@ -18,6 +18,7 @@ from runtime.kv_cache import KVCache
 from runtime.prefix_store import PrefixStore
 from tests.test_engine import BLOCK, CONFIG, Client, FakeModel, request
 
+MODEL = "0123456789abcdef01234567"
 CHUNK = 8  # tokens: two blocks
 CHUNK_FILE = 24 + 2 * KVCache.num_bytes(CONFIG, BLOCK, torch.float32)
 PROMPT = tuple(range(3, 33))  # three whole chunks, and six tokens
@@ -26,7 +27,7 @@ PROMPT = tuple(range(3, 33))  # three whole chunks, and six tokens
 class Server:
     """An engine with a store, from start to end."""
 
-    def __init__(self, directory: Path, model: str = "m", max_bytes: int = 1 << 20) -> None:
+    def __init__(self, directory: Path, model: str = MODEL, max_bytes: int = 1 << 20) -> None:
         self.model, kv = FakeModel(), KVCache(CONFIG, 64, BLOCK)
         config = EngineConfig(max_model_len=256, max_num_seqs=4, kv_blocks=64, block_size=BLOCK, prefill_chunk=CHUNK)
         self.store = PrefixStore(directory, model, kv, max_bytes)
@@ -76,7 +77,7 @@ def test_the_last_token_is_computed_even_if_all_is_there(tmp_path: Path) -> None
 def test_another_model_finds_nothing(tmp_path: Path) -> None:
     with Server(tmp_path) as server:
         server.ask()
-    with Server(tmp_path, "another") as server:
+    with Server(tmp_path, "a" * 24) as server:
         assert server.ask() == 0
 
 
@@ -106,7 +107,7 @@ def test_bytes_are_bounded_and_the_longest_unused_go(tmp_path: Path) -> None:
     for age, path in enumerate(files(tmp_path)):
         os.utime(path, (1000 - age, 1000 - age))
     oldest = files(tmp_path)[2:]
-    with Server(tmp_path, "another", max_bytes=2 * CHUNK_FILE) as server:
+    with Server(tmp_path, "a" * 24, max_bytes=2 * CHUNK_FILE) as server:
         assert not set(oldest) & set(files(tmp_path)) and len(files(tmp_path)) == 2
         assert server.store.num_bytes == 2 * CHUNK_FILE
 
@@ -114,13 +115,66 @@ def test_bytes_are_bounded_and_the_longest_unused_go(tmp_path: Path) -> None:
 def test_a_chunk_that_somebody_removed_and_a_part_that_was_left_do_no_harm(tmp_path: Path) -> None:
     with Server(tmp_path) as server:
         server.ask()
-    (files(tmp_path)[0].parent / "ab.17.part").write_bytes(b"half")
+    part = tmp_path / MODEL / f"{'ab' * 16}.{2**22 + 1}.part"  # beyond the largest number of a process
+    part.write_bytes(b"half")
+    os.utime(part, (1000, 1000))
     with Server(tmp_path) as server:
         assert not list(tmp_path.glob("*/*.part"))
         for path in files(tmp_path):
             path.unlink()
         assert server.ask() == 0
         assert len(files(tmp_path)) == 3
+
+
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
+    name = "ab" * 16
+    theirs = [
+        tmp_path / "notes.kv",
+        tmp_path / "films" / f"{name}.kv",
+        tmp_path / "films" / f"{name}.17.part",
+        tmp_path / MODEL / "big.kv",
+        tmp_path / MODEL / "download.part",
+        tmp_path / MODEL / f"{name}.x.part",
+        tmp_path / MODEL / f"{name}.{os.getppid()}.part",  # somebody is writing it
+    ]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * CHUNK_FILE)
+        os.utime(path, (1000, 1000))
+    fresh = tmp_path / MODEL / f"{name}.{2**22 + 1}.part"  # as is, perhaps, another container
+    fresh.write_bytes(b"")
+    with Server(tmp_path, max_bytes=CHUNK_FILE) as server:
+        assert server.store.num_bytes == 0
+        server.ask()
+    assert all(path.exists() for path in (*theirs, fresh))
+
+
+def test_a_chunk_that_goes_while_the_directory_is_read_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server(tmp_path) as server:
+        server.ask()
+    stat_of, gone = Path.stat, files(tmp_path)[1]
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path == gone:
+            path.unlink(missing_ok=True)
+        return stat_of(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with Server(tmp_path) as server:
+        assert server.store.num_bytes == 2 * CHUNK_FILE
+
+
+def test_a_part_of_one_that_had_our_number_is_written_over(tmp_path: Path) -> None:
+    with Server(tmp_path) as server:
+        server.ask()
+    kept = files(tmp_path)
+    for path in kept:
+        path.rename(path.with_suffix(f".{os.getpid()}.part"))
+    with Server(tmp_path) as server:
+        assert server.ask() == 0
+    assert files(tmp_path) == kept
 
 
 def test_a_disk_that_fails_is_said_once_and_requests_go_on(
@@ -141,7 +195,7 @@ def test_a_directory_that_cannot_be_had_is_refused_by_name(tmp_path: Path) -> No
     file = tmp_path / "file"
     file.write_bytes(b"")
     with pytest.raises(ColdstreamError, match=r"--prefix-cache-dir .*file"):
-        PrefixStore(file, "m", KVCache(CONFIG, 2, BLOCK))
+        PrefixStore(file, MODEL, KVCache(CONFIG, 2, BLOCK))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
