@@ -19,8 +19,9 @@ import torch
 from cache.errors import FormatError, FormatKind, UnsupportedError
 from runtime.config import ModelConfig
 from runtime.gguf_file import MAGIC, GgufFile, check_type, open_gguf
+from runtime.open_file import open_file
 from runtime.safetensors_file import SafetensorsFile, open_safetensors
-from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry, open_file, read_into
+from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry, read_into
 
 _EDGE_BYTES = 64 << 10  # of each end of a file, in its fingerprint
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4 << 10  # and between: models differ in the middle when their embeddings were frozen

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cache.errors import FormatError, FormatKind, UnsupportedError
-from runtime.tensor_entry import TensorEntry, check_ranges, open_file, read_into
+from runtime.open_file import open_file
+from runtime.tensor_entry import TensorEntry, check_ranges, read_into
 
 MAGIC = b"GGUF"
 _PLAIN = {"f32": "fp32", "f16": "fp16"}  # GGUF's names for what safetensors and we call otherwise

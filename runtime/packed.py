@@ -28,7 +28,7 @@ from cache.bundle import BundleLayout
 from cache.errors import FormatError, FormatKind
 from cache.store import BundleFile
 from runtime.config import ModelConfig
-from runtime.tensor_entry import open_file
+from runtime.open_file import open_file
 
 FORMAT = "coldstream-packed"
 VERSION = 3

@@ -12,7 +12,8 @@ import weakref
 import torch
 
 from cache.errors import ReadError
-from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry, open_file
+from runtime.open_file import open_file
+from runtime.tensor_entry import PLAIN_DTYPES, TensorEntry
 
 
 class RowFile:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import FormatError, FormatKind
-from runtime.tensor_entry import TensorEntry, check_ranges, open_file
+from runtime.open_file import open_file
+from runtime.tensor_entry import TensorEntry, check_ranges
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _DTYPES = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2)}

@@ -6,16 +6,15 @@ Knows files and byte ranges; not the formats that say where a tensor is, and not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from cache.errors import ColdstreamError, FormatError, FormatKind, ReadError
+from cache.errors import FormatError, FormatKind, ReadError
+from runtime.open_file import open_file
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # stored as computed with
 _PIECE_BYTES = 8 << 20  # read at once: large enough for the disk, small enough for the budget's headroom of file pages
@@ -61,22 +60,6 @@ def _read_piece(fd: int, path: Path, offset: int, out: memoryview) -> None:
                 f"{path}: the file ends at byte {offset + done}, {len(out) - done} bytes too early",
             )
         done += num
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading. Whatever fails names it, so that it is not taken for an error of what is written
-    meanwhile: FormatError(MISSING_FILE) when it cannot be opened, ColdstreamError when it cannot be read.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise FormatError(FormatKind.MISSING_FILE, f"{path}: cannot be opened ({error.strerror})") from error
-    with file:
-        try:
-            yield file
-        except OSError as error:
-            raise ColdstreamError(f"{path}: reading at byte {file.tell()} failed: {error.strerror or error}") from error
 
 
 def check_ranges(path: Path, entries: Iterable[TensorEntry], file_bytes: int) -> None:
