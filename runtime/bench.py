@@ -21,6 +21,7 @@ from runtime.batch import Batch, SequenceView
 from runtime.kv_cache import KVCache
 from runtime.load import Loaded, LoadOptions, default_heldout, load
 from runtime.pack import Progress
+from runtime.windows import read_text
 
 
 def bench(
@@ -98,13 +99,11 @@ def process_read_bytes() -> int:
 
 
 def _text_tokens(loaded: Loaded, text: Path, num: int) -> list[int]:
-    if not text.is_file():
-        raise ColdstreamError(f"--text {text}: not found")
     if num > loaded.plan.max_model_len:
         raise ColdstreamError(
             f"--prompt-tokens and --tokens: {num} together, the context is {loaded.plan.max_model_len}"
         )
-    ids = loaded.tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)
+    ids = loaded.tokenizer.encode(read_text("--text", text), add_special=False)
     if len(ids) < num:
         raise ColdstreamError(f"--text {text}: {len(ids)} tokens, {num} are needed")
     return ids[:num]

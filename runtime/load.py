@@ -339,7 +339,7 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
     plan = make_gpu_plan(
         config,
         packed.bundles.layout,
-        replace(_plan_options(options), mode=opened.mode),
+        replace(plan_options(options), mode=opened.mode),
         detect_memory(),
         device,
         opened.measured,
@@ -386,7 +386,7 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     plan = make_plan(
         config,
         packed.bundles.layout,
-        replace(_plan_options(options), mode=mode),
+        replace(plan_options(options), mode=mode),
         detect_memory(),
         opened.measured,
         packed.sketch_sizes(opened.cett),
@@ -559,12 +559,15 @@ def _check_mode(mode: str, config: ModelConfig) -> None:
         raise UnsupportedError(f"--mode exact: {config.hidden_act} makes no neuron provably zero; use dense or sparse")
 
 
-def _plan_options(options: LoadOptions) -> PlanOptions:
+def plan_options(options: LoadOptions) -> PlanOptions:
+    """What the planner is told of them."""
     return PlanOptions(
         memory_bytes=options.memory_bytes,
         gpu_memory_bytes=options.gpu_memory_bytes,
+        device=options.device,
         dtype=options.dtype,
         mode=options.mode,
+        cett=options.cett,
         ffn_cache=options.ffn_cache,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,

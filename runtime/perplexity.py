@@ -18,9 +18,13 @@ import torch
 
 from cache.errors import ColdstreamError
 from runtime.batch import Batch, SequenceView
-from runtime.load import Loaded, LoadOptions, default_heldout, load
+from runtime.load import Loaded, LoadOptions, default_heldout, find_or_pack, load, open_plan, plan_options
 from runtime.pack import Progress
+from runtime.packed import PROFILE, Packed
+from runtime.sparse import check_cett
 from runtime.sparsity import block_error
+from runtime.tokenizer import Tokenizer
+from runtime.windows import read_text
 
 WINDOW = 1024  # tokens of context, each window a text of its own; the first token of a window is not scored
 _CHUNK = 128  # rows of logits at once: the vocabulary is large
@@ -35,7 +39,14 @@ def perplexity(
     tokens. Raises ColdstreamError.
     """
     path = text or default_heldout()
-    dense, found = _score(model, replace(options, mode="dense", cett=None), path, tokens, progress)
+    packed = find_or_pack(model, progress)
+    dense_options = replace(options, mode="dense", cett=None)
+    sparse_options = [replace(options, mode="sparse", cett=cett) for cett in cetts]
+    for cett in cetts:
+        check_cett(packed.read(PROFILE)["targets"], cett)
+    length = _window(packed, [dense_options, *sparse_options])
+    windows = _windows(packed, path, tokens, length)
+    dense, found = _score(packed, replace(dense_options, max_model_len=length), windows, progress)
     rows = [
         {
             "mode": "dense",
@@ -45,17 +56,22 @@ def perplexity(
             **found,
         }
     ]
-    for cett in cetts:
-        nll, found = _score(model, replace(options, mode="sparse", cett=cett), path, tokens, progress)
+    for cett, sparse in zip(cetts, sparse_options, strict=True):
+        nll, found = _score(packed, replace(sparse, max_model_len=length), windows, progress)
         rows.append({"mode": "sparse", "cett": cett, **_compare(dense, nll), **found})
     return {
         "model": Path(model).name,
         "text": path.name,
         "text_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "tokens_scored": int(dense.size),
-        "window": WINDOW,
+        "window": length,
         "rows": rows,
     }
+
+
+def _window(packed: Packed, options: Sequence[LoadOptions]) -> int:
+    """Tokens of a window: as many as the context has in each of the ways that are compared, WINDOW at most."""
+    return min(WINDOW, *(open_plan(str(packed.path), plan_options(each)).max_model_len for each in options))
 
 
 def _compare(dense: np.ndarray, nll: np.ndarray) -> dict[str, float]:
@@ -74,12 +90,11 @@ def _ppl_error(nll: np.ndarray) -> float:
 
 
 def _score(
-    model: str, options: LoadOptions, text: Path, tokens: int, progress: Progress
+    packed: Packed, options: LoadOptions, windows: list[list[int]], progress: Progress
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Negative log-likelihoods of the text's tokens, and the shares of neurons that it took."""
-    loaded = load(model, options, progress)
+    """Negative log-likelihoods of the windows' tokens, and the shares of neurons that it took."""
+    loaded = load(str(packed.path), options, progress)
     try:
-        windows = _windows(loaded, text, tokens)
         done = []
         for i, window in enumerate(windows):
             progress(
@@ -91,11 +106,10 @@ def _score(
         loaded.close()
 
 
-def _windows(loaded: Loaded, text: Path, tokens: int) -> list[list[int]]:
-    if not text.is_file():
-        raise ColdstreamError(f"--text {text}: not found")
-    ids = loaded.tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:tokens]
-    length = min(WINDOW, loaded.plan.max_model_len)
+def _windows(packed: Packed, text: Path, tokens: int, length: int) -> list[list[int]]:
+    if tokens < length:
+        raise ColdstreamError(f"--tokens {tokens}: at least {length} are needed, one window")
+    ids = Tokenizer.from_dir(packed.path).encode(read_text("--text", text), add_special=False)[:tokens]
     if len(ids) < length:
         raise ColdstreamError(f"--text {text}: {len(ids)} tokens, at least {length} are needed")
     return [ids[s : s + length] for s in range(0, len(ids) - length + 1, length)]

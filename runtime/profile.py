@@ -59,6 +59,7 @@ from runtime.sparsity import (
 )
 from runtime.streams import Layer, Rule, Seen, Track, embed, layers
 from runtime.tokenizer import Tokenizer
+from runtime.windows import read_text
 
 JSON, STATISTICS = "profile.json", "statistics.safetensors"
 DETAIL_CETTS = (0.05, 0.2)  # at which predictors and active sets are looked at
@@ -142,9 +143,7 @@ def _source(model: str) -> str:
 
 def _windows(tokenizer: Tokenizer, text: Path, tokens: int, longest: int) -> torch.Tensor:
     """Windows of a text from its beginning, int64 [S, T]."""
-    if not text.is_file():
-        raise ColdstreamError(f"--text {text}: not found")
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False)[:tokens]
+    ids = tokenizer.encode(read_text("--text", text), add_special=False)[:tokens]
     length = min(_WINDOW, longest, len(ids))
     if length < 2:
         raise ColdstreamError(f"--text {text}: {len(ids)} tokens, at least 2 are needed")

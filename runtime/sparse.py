@@ -72,8 +72,7 @@ def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.
 
     A layer that is whole at the lower target stays whole. Raises ColdstreamError outside of the calibrated range.
     """
-    if not targets[0] <= cett <= targets[-1]:
-        raise ColdstreamError(f"--cett {cett:g}: this model was prepared for {targets[0]:g} to {targets[-1]:g}")
+    check_cett(targets, cett)
     right = int(np.searchsorted(targets, cett))
     if targets[right] == cett:
         return np.asarray(thresholds[:, right])
@@ -81,3 +80,9 @@ def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.
     low, high = thresholds[:, right - 1].astype(np.float64), thresholds[:, right].astype(np.float64)
     mixed = np.exp((1 - share) * np.log(np.maximum(low, 1e-38)) + share * np.log(np.maximum(high, 1e-38)))
     return np.where(low > 0, mixed, 0.0).astype(np.float32)
+
+
+def check_cett(targets: np.ndarray, cett: float) -> None:
+    """ColdstreamError for a CETT outside of the calibrated range."""
+    if not targets[0] <= cett <= targets[-1]:
+        raise ColdstreamError(f"--cett {cett:g}: this model was prepared for {targets[0]:g} to {targets[-1]:g}")

@@ -28,6 +28,7 @@ from runtime.served import find_thresholds, perplexity, serve_rule, sketch_score
 from runtime.student import DRELU, Decoder, is_trained, load_teacher, student_config
 from runtime.student_checkpoint import output_bytes, output_dtype, write_figures, write_student
 from runtime.tokenizer import Tokenizer
+from runtime.windows import read_text
 
 DEFAULT_TOKENS = 100_000_000
 PROFILE_DIRECTORY = "profile"
@@ -265,14 +266,11 @@ def read_material(
 
 def _token_ids(tokenizer: Tokenizer, path: Path, flag: str, config: ModelConfig, in_pieces: bool = False) -> list[int]:
     """in_pieces: cut every now and then at a paragraph's end, so that all cores have something to do."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if in_pieces:
-            ids = [i for piece in tokenizer.encode_all(list(_pieces(text))) for i in piece]
-        else:
-            ids = tokenizer.encode(text, add_special=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ColdstreamError(f"{flag} {path}: cannot be read as UTF-8 ({error})") from error
+    text = read_text(flag, path)
+    if in_pieces:
+        ids = [i for piece in tokenizer.encode_all(list(_pieces(text))) for i in piece]
+    else:
+        ids = tokenizer.encode(text, add_special=False)
     if ids and max(ids) >= config.vocab_size:
         raise UnsupportedError(
             f"the tokenizer has token {max(ids)}, the model's vocabulary ends at {config.vocab_size - 1}"

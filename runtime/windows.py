@@ -54,11 +54,20 @@ def split_windows(tokenizer: Tokenizer, text: Path, vocab_size: int) -> Windows:
     return Windows(windows[rest], windows[for_thresholds], windows[for_validation])
 
 
+def read_text(flag: str, path: Path) -> str:
+    """What is in the text file that `flag` names. ColdstreamError with both where that is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ColdstreamError(f"{flag} {path}: not UTF-8, at byte {error.start}") from error
+    except OSError as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        raise ColdstreamError(f"{flag} {path}: {reason}") from error
+
+
 def read_ids(tokenizer: Tokenizer, text: Path, vocab_size: int) -> torch.Tensor:
     """Token ids of a calibration text, int64 [N], N at least WINDOW. Raises ColdstreamError."""
-    if not text.is_file():
-        raise ColdstreamError(f"--calibration {text}: not found")
-    ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), add_special=False), dtype=torch.int64)
+    ids = torch.tensor(tokenizer.encode(read_text("--calibration", text), add_special=False), dtype=torch.int64)
     if ids.numel() < WINDOW:
         raise ColdstreamError(f"--calibration {text}: {ids.numel()} tokens, at least {WINDOW} are needed")
     if int(ids.max()) >= vocab_size:

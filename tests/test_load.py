@@ -428,6 +428,13 @@ def test_a_source_that_cannot_be_read_is_named_not_what_is_written(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_calibration_text_that_is_not_utf_8_is_named(tmp_path: Path, tiny_llama: Any) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9 " * 1000)
+    with pytest.raises(ColdstreamError, match=rf"--calibration {latin}: not UTF-8, at byte 3"):
+        packed(tiny_llama.checkpoint, tmp_path / "packed", latin)
+
+
 def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path, tiny_llama: Any) -> None:
     checkpoint, _, text = tiny_llama
     copy = tmp_path / "copy"
