@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     gpu_memory: Size | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     mode: Mode = "auto"
     cett: Cett | None = None
     ffn_cache: Share | None = None

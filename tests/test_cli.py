@@ -171,6 +171,7 @@ def test_a_misspelt_variable_is_said() -> None:
         ({"port": 70000}, {}, "--port: "),
         ({"cett": 1.5}, {}, "--cett: "),
         ({"threads": 0}, {}, "--threads: "),
+        ({"threads": 1025}, {}, "--threads: "),
         ({"api_key": ["a", ""]}, {}, "--api-key: "),
         ({"cors_origin": ["example.com"]}, {}, "--cors-origin: example.com is no origin"),
         ({"cors_origin": ["https://a.b/c"]}, {}, "--cors-origin: "),
