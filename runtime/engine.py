@@ -130,6 +130,7 @@ class Engine:
         self._pace = Pace(config.prefill_chunk, config.prefill_rows)
         self._stats = EngineStats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._on_failure: Callable[[], None] | None = None
         self._step_now: Step | None = None
         # shared with other threads, under _wake:
         self._wake = threading.Condition()
@@ -140,11 +141,20 @@ class Engine:
 
     # -- any thread -------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Starts the thread; requests are taken from now on. RuntimeError when called twice."""
+    def start(self, on_failure: Callable[[], None] | None = None) -> None:
+        """Starts the thread; requests are taken from now on. RuntimeError when called twice.
+
+        on_failure: called by the thread, once, if it ends because of an error of its own; nothing is served after that.
+        """
+        self._on_failure = on_failure
         with self._wake:
             self._thread.start()
             self._accepting = True
+
+    @property
+    def capacity(self) -> int:
+        """Requests that run or wait at once, at most."""
+        return self._config.max_num_seqs + self._config.max_queue
 
     def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request. `on_event` is called from the engine's thread, in order, and must not block.
@@ -153,7 +163,8 @@ class Engine:
         """
         self._check_request(request)
         sampler = Sampler(request.params, request.prompt_ids, self._model.config.vocab_size, self._constraints)
-        sequence = Sequence(request, on_event, sampler, time.perf_counter())
+        now_s = time.perf_counter()
+        sequence = Sequence(request, on_event, sampler, now_s, now_s)
         with self._wake:
             self._check_open(request.request_id)
             self._live[request.request_id] = sequence
@@ -263,7 +274,7 @@ class Engine:
             raise EngineStoppedError("The engine does not take requests: it is not started, draining or stopped.")
         if request_id in self._live:
             raise RequestError(f"A request with the id {request_id} is already being served.")
-        if len(self._live) >= self._config.max_num_seqs + self._config.max_queue:
+        if len(self._live) >= self.capacity:
             self._stats.failed(FailureReason.QUEUE_FULL)
             raise QueueFullError(
                 f"The queue is full: {len(self._live)} requests are running or waiting. Try again later."
@@ -273,13 +284,17 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        failed: Callable[[], None] | None = None
         try:
             while self._await_work():
                 self._step()
         except Exception:
             logger.exception("the engine's thread ends because of an error of its own")
+            failed = self._on_failure
         finally:
             self._cut()
+        if failed is not None:
+            failed()
 
     def _await_work(self) -> bool:
         """Sleeps until there is something to do, audits done first; False when it is time to end."""
@@ -295,14 +310,14 @@ class Engine:
             return not self._has_work() and self._deadline_s is None
 
     def _audit(self) -> bool:
-        """Runs one audit that waits; False when none does. One that cannot read its layer is logged and forgotten."""
+        """Runs one audit that waits; False when none does. One that fails is logged and forgotten: it serves nobody."""
         if self._auditor is None:
             return False
         self._steps_since_audit = 0
         try:
             return self._auditor.run_one()
-        except ColdstreamError as error:
-            logger.error("an audit failed: %s", error)
+        except Exception as error:
+            logger.error("an audit failed: %s", error, exc_info=None if isinstance(error, ColdstreamError) else error)
             return True
 
     def _has_work(self) -> bool:
@@ -354,7 +369,8 @@ class Engine:
         limit_s = self._config.max_wait_s
         if limit_s is None:
             return
-        for sequence in self._scheduler.arrived_before(time.perf_counter() - limit_s):
+        now_s = time.perf_counter()
+        for sequence in self._scheduler.waiting_since_before(now_s - limit_s, now_s):
             message = f"No place was free for this request within {limit_s:g} s. Try again later."
             self._finish(sequence, FinishReason.ERROR, failure=FailureReason.WAIT_LIMIT, error=message)
 

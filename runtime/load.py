@@ -82,6 +82,7 @@ class LoadOptions:
     audit_rate: float = 0.0
     kernel: str = "auto"
     io_engine: str = "auto"
+    pack: PackOptions | None = None  # of a checkpoint that is not packed yet; None: as `prepare` does by itself
     lookahead: str = "none"  # attention: predict and read before a layer's attention too (benchmarks/LOG.md)
 
 
@@ -155,12 +156,13 @@ def prepare(
     return target
 
 
-def find_or_pack(model: str, progress: Progress) -> Packed:
-    """The packed model that `model` names or was packed into before; packs it when there is none."""
+def find_or_pack(model: str, progress: Progress, options: PackOptions | None = None) -> Packed:
+    """The packed model that `model` names or was packed into before with the same options; packs it when there is
+    none."""
     path = Path(model)
     if is_packed(path):
         return open_packed(path)
-    options = PackOptions(default_calibration())
+    options = options or PackOptions(default_calibration())
     checkpoint = open_checkpoint(model)
     target = cache_directory() / _cache_name(checkpoint, options)
     if not is_packed(target):
@@ -316,7 +318,7 @@ class _Opened:
 
 def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
-    packed = find_or_pack(model, progress)
+    packed = find_or_pack(model, progress, options.pack)
     gc.collect()
     trim_heap()  # what packing freed goes back to the kernel before the budget is spent
     tokenizer = Tokenizer.from_dir(packed.path)

@@ -37,9 +37,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """group: what requests that belong together have in common; while one of them runs, none is given up waiting."""
+
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

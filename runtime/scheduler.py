@@ -46,6 +46,7 @@ class Sequence:
     on_event: Callable[[TokenEvent], None]
     sampler: Sampler
     arrived_s: float
+    waits_since_s: float  # later than it arrived where others of its group were served meanwhile
     blocks: np.ndarray | None = None  # int32 block table; None while waiting
     keys: tuple[bytes, ...] = ()  # of the prompt's whole chunks, where they may be shared
     num_computed: int = 0  # tokens whose keys and values are in the cache
@@ -149,9 +150,14 @@ class Scheduler:
             sequence.keys = chunk_keys(sequence.request.prompt_ids, self._prefill_chunk)
         self._waiting.append(sequence)
 
-    def arrived_before(self, time_s: float) -> list[Sequence]:
-        """Those that wait since before `time_s`, oldest first."""
-        return [sequence for sequence in self._waiting if sequence.arrived_s < time_s]
+    def waiting_since_before(self, time_s: float, now_s: float) -> list[Sequence]:
+        """Those that have waited since before `time_s`, oldest first. Beside a running one of its own group nobody
+        has: its turn comes."""
+        served = {s.request.group for s in self._running} - {""}
+        for sequence in self._waiting:
+            if sequence.request.group in served:
+                sequence.waits_since_s = now_s
+        return [sequence for sequence in self._waiting if sequence.waits_since_s < time_s]
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks."""

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 class EngineLike(Protocol):
-    """What is asked of an engine (`runtime.engine.Engine`). Every method may be called from any thread."""
+    """What is asked of an engine (`runtime.engine.Engine`). Every method may be called from any thread.
+
+    capacity: requests that run or wait at once, at most.
+    """
+
+    @property
+    def capacity(self) -> int: ...
 
     def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None: ...
 

@@ -30,6 +30,7 @@ from runtime.tokenizer import Part
 if TYPE_CHECKING:
     from runtime.tokenizer import Tokenizer
 
+_PLACEHOLDER = re.compile("\ue000[0-9]+\ue001")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -92,20 +93,23 @@ class _Guard:
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
     def _hide_text(self, text: str) -> str:
-        out, done = "", 0
+        out, done = [], 0
         for start, end in self._tokenizer.untrusted_spans(text):
             placeholder = f"\ue000{secrets.randbits(64)}\ue001"
             self._hidden[placeholder] = text[start:end]
-            out += text[done:start] + placeholder
+            out += [text[done:start], placeholder]
             done = end
-        return out + text[done:]
+        return "".join([*out, text[done:]])
 
     def reveal(self, text: str) -> list[Part]:
         """The rendered text in parts, the hidden ones untrusted."""
-        if not self._hidden:
-            return [Part(text)]
-        pieces = re.split(f"({'|'.join(map(re.escape, self._hidden))})", text)
-        parts = [Part(self._hidden.get(piece, piece), piece not in self._hidden) for piece in pieces]
+        parts, done = [], 0
+        for found in _PLACEHOLDER.finditer(text):
+            hidden = self._hidden.get(found[0])
+            if hidden is not None:
+                parts += [Part(text[done : found.start()]), Part(hidden, False)]
+                done = found.end()
+        parts.append(Part(text[done:]))
         return [part for part in parts if part.text]
 
 

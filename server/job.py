@@ -39,6 +39,7 @@ def completion_job(body: CompletionBody, model: LoadedModel, name: str) -> Job:
     _check_format(body)
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise invalid_parameter(f"The prompts times n must not be more than {MAX_CHOICES}.", "prompt")
+    _check_room(len(body.prompt) * body.n, model, "prompt" if len(body.prompt) > 1 else "n")
     prompts = [_prompt(model.tokenizer, prompt, body.add_special_tokens) for prompt in body.prompt]
     choices = [
         Choice(i * body.n + j, prompt, model.tokenizer, body.stops, body.echo, continuing=True)
@@ -65,6 +66,7 @@ def completion_job(body: CompletionBody, model: LoadedModel, name: str) -> Job:
 def chat_job(body: ChatBody, model: LoadedModel, name: str) -> Job:
     """Of POST /v1/chat/completions. Raises ApiError, ChatTemplateError."""
     _check_format(body)
+    _check_room(body.n, model, "n")
     messages = [message.for_template() for message in body.messages]
     parts = render_chat(model.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = Prompt(tuple(model.tokenizer.encode_parts(parts)))
@@ -102,6 +104,14 @@ def _check_format(body: GenerationBody) -> None:
         raise invalid_parameter(f"response_format: {error}", "response_format") from None
 
 
+def _check_room(num_choices: int, model: LoadedModel, param: str) -> None:
+    """More than ever run and wait at once would be refused for ever, whatever a client waits. Raises ApiError."""
+    capacity = model.engine.capacity
+    if num_choices > capacity:
+        message = f"This request wants {num_choices} choices; this server runs and queues {capacity} at most."
+        raise invalid_parameter(message, param)
+
+
 def _prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], add_special: bool) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(tuple(tokenizer.encode(prompt, add_special=add_special)), prompt)
@@ -134,7 +144,7 @@ def _request(
         seed=_seed(body, choice.index),
         **_shared_params(body),
     )
-    return Request(f"{answer.id}-{choice.index}", choice.prompt.ids, params)
+    return Request(f"{answer.id}-{choice.index}", choice.prompt.ids, params, group=answer.id)
 
 
 def _seed(body: GenerationBody, index: int) -> int | None:

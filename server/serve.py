@@ -12,6 +12,7 @@ import shlex
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -132,11 +133,24 @@ class Server:
             loaded = load(
                 self._model, load_options(self._settings), lambda stage, share: self._progress(stage, share, bar)
             )
-        loaded.engine.start()
+        loaded.engine.start(self._engine_failed)
         self._loaded = loaded
         self._engine.attach(LoadedModel(loaded.engine, loaded.tokenizer, loaded.plan.max_model_len, loaded.info))
         if not self._stopping.is_set():
             self._announce(loaded)
+
+    def _say_unused(self, info: Mapping[str, object]) -> None:
+        """What was asked for and cannot be had in the mode that the model is served in."""
+        if self._settings.audit_rate and (info["mode"] != "sparse" or info["device"] != "cpu"):
+            here = f"this is mode {info['mode']} on {info['device']}"
+            self._say(f"--audit-rate has no effect: audits are made in mode sparse on a CPU; {here}")
+
+    def _engine_failed(self) -> None:
+        """In the engine's thread, which is at its end: a server that can serve nothing any more leaves with 1, so that
+        whoever supervises it starts another."""
+        self._engine.drain()
+        self._failure = ColdstreamError("the engine has ended because of an error of its own; the log above has it")
+        self._http.should_exit = True
 
     def _progress(self, stage: str, share: float, bar: LoadBar | None = None) -> None:
         if self._stopping.is_set():
@@ -149,6 +163,7 @@ class Server:
 
     def _announce(self, loaded: Loaded) -> None:
         known = ", ".join(f"{k} {v}" for k, v in loaded.info.items() if k in ("mode", "cett", "kernel", "io_engine"))
+        self._say_unused(loaded.info)
         ready = f"ready: {self._url} serves {self._name} ({known})"
         if self._settings.log_format == "text":
             ready += f"; try:\n{example_request(self._url, self._name, self._needs_key)}"

@@ -19,8 +19,10 @@ from runtime.plan import FfnCache, PlanOptions
 
 if TYPE_CHECKING:
     from runtime.load import LoadOptions
+    from runtime.pack import PackOptions
 
 PREFIX = "COLDSTREAM_"
+AUDIT_RATE = 1 / 1024  # unless asked otherwise; where there are no audits, only who asked is told
 _ELSEWHERE = frozenset({"COLDSTREAM_CACHE_DIR"})  # read by the runtime: where packed models are kept
 
 Act = Literal["relu2", "relu", "drelu"]
@@ -106,7 +108,7 @@ class Settings(BaseSettings):
     max_wait: Annotated[float, Field(gt=0)] = 300.0
     log_format: LogFormat = "text"
     served_model_name: str | None = None
-    audit_rate: Annotated[float, Field(ge=0, le=1)] = 1 / 1024
+    audit_rate: Annotated[float, Field(ge=0, le=1)] | None = None
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
     # bench, perplexity
     prompt_tokens: Positive = 128
@@ -208,7 +210,22 @@ def load_options(settings: Settings) -> LoadOptions:
         prefix_cache=settings.prefix_cache,
         prefix_cache_dir=settings.prefix_cache_dir,
         prefix_cache_disk=settings.prefix_cache_disk,
-        audit_rate=settings.audit_rate,
+        audit_rate=AUDIT_RATE if settings.audit_rate is None else settings.audit_rate,
+        pack=pack_options(settings),
+    )
+
+
+def pack_options(settings: Settings) -> PackOptions:
+    """How a checkpoint is packed that `serve` or `bench` finds not packed yet: its CETT is the contract's choice, for
+    --cett says what is served."""
+    from runtime.load import default_calibration
+    from runtime.pack import PackOptions
+
+    return PackOptions(
+        settings.calibration or default_calibration(),
+        max_ppl_increase=settings.max_ppl_increase,
+        bundles=settings.bundles,
+        standalone=settings.standalone,
     )
 
 

@@ -113,6 +113,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._stops = StopMatcher(stops)
         self._echo = echo
+        self._continuing = continuing
         self._finished = False
         self._tokens: list[Token] = []  # not given out yet
         self._length = self._given = 0  # characters decoded, and given out
@@ -166,8 +167,10 @@ class Choice:
         text = ""
         if event.token_id is not None:
             self.num_tokens += 1
-            if event.finish_reason is not FinishReason.STOP:
+            is_end = event.finish_reason is FinishReason.STOP
+            if not is_end or self._continuing:  # lm-eval takes the last of a completion's logprobs for a made token
                 self._tokens.append(Token(event.token_id, self._length, event.logprob))
+            if not is_end:
                 text = self._decoder.push(event.token_id)
         if event.finish_reason is not None:
             text += self._decoder.flush()

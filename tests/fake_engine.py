@@ -74,6 +74,10 @@ class FakeEngine:
 
     # --- the face of the engine ---
 
+    @property
+    def capacity(self) -> int:
+        return self.max_live
+
     def submit(self, request: Request, on_event: OnEvent) -> None:
         wanted = len(request.prompt_ids) + request.params.max_tokens
         if not request.prompt_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -32,10 +33,15 @@ CONFIG = ModelConfig(
 
 
 class FakeEngine:
-    """Says what was done to it; runs no request."""
+    """Says what was done to it; runs no request. fails: breaks down once it has started."""
 
-    def start(self) -> None:
+    def __init__(self, fails: bool) -> None:
+        self._fails = fails
+
+    def start(self, on_failure: Callable[[], None]) -> None:
         print("engine started", flush=True)
+        if self._fails:
+            threading.Timer(0.2, on_failure).start()
 
     def shutdown(self, drain_timeout_s: float) -> None:
         print(f"engine shut down within {drain_timeout_s:g} s", flush=True)
@@ -57,14 +63,26 @@ def load(model: str, options: Any, progress: Callable[[str, float], None]) -> An
         raise FormatError(FormatKind.TRUNCATED, f"{model}: ends early")
     progress("warming", 1.0)
     plan = open_plan(model, PlanOptions())
-    info = {"mode": "sparse", "cett": 0.1, "kernel": "fake", "io_engine": "fake", "device": "cpu"}
-    return SimpleNamespace(engine=FakeEngine(), tokenizer=None, plan=plan, info=info, close=lambda: print("closed"))
+    info = {
+        "mode": "dense" if gate.name == "dense" else "sparse",
+        "cett": 0.1,
+        "kernel": "fake",
+        "io_engine": "fake",
+        "device": "cpu",
+    }
+    return SimpleNamespace(
+        engine=FakeEngine(gate.name == "frail"), tokenizer=None, plan=plan, info=info, close=lambda: print("closed")
+    )
 
 
 def main() -> None:
     fake = types.ModuleType("runtime.load")
     fake.__dict__.update(
-        open_plan=open_plan, load=load, cache_directory=lambda: Path("CACHE"), LoadOptions=SimpleNamespace
+        open_plan=open_plan,
+        load=load,
+        cache_directory=lambda: Path("CACHE"),
+        default_calibration=lambda: Path("CALIBRATION"),
+        LoadOptions=SimpleNamespace,
     )
     sys.modules["runtime.load"] = fake
     from server.cli import main as command

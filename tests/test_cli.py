@@ -198,13 +198,17 @@ def test_the_api_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hush" not in repr(read_settings({}))
 
 
-def test_options_reach_the_runtime() -> None:
+def test_options_reach_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = read_settings(
         {"memory": "2GiB", "dtype": "fp32", "threads": 1, "mode": "exact", "ffn_cache": "25%", "max_num_seqs": 3}
     )
     options = load_options(settings)
     assert (options.memory_bytes, options.dtype, options.threads, options.mode) == (2 << 30, "fp32", 1, "exact")
     assert options.ffn_cache is not None and options.ffn_cache.bytes_of(1000) == 250
+    monkeypatch.setenv("COLDSTREAM_BUNDLES", "int8")
+    monkeypatch.setenv("COLDSTREAM_MAX_PPL_INCREASE", "3")
+    pack = load_options(read_settings({"cett": 0.1})).pack
+    assert pack is not None and (pack.bundles, pack.max_ppl_increase, pack.cett) == ("int8", 3.0, None)
     planned = plan_options(settings)
     assert (planned.memory_bytes, planned.mode, planned.max_num_seqs) == (2 << 30, "exact", 3)
 

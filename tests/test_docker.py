@@ -60,7 +60,11 @@ def test_an_alert_with_two_comparisons_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")],
+    [
+        ("check", "config", "--syntax-only", "prometheus.yml"),  # only compose has the key's file
+        ("check", "rules", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+    ],
     ids=" ".join,
 )
 def test_promtool(arguments: tuple[str, ...]) -> None:
@@ -105,12 +109,17 @@ def test_compose_names_files_and_variables_that_exist(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, "1")
     assert unknown_variables() == []
     assert seconds(server["stop_grace_period"]) > Settings.model_fields["drain_timeout"].default
+    (key,) = compose["services"]["prometheus"]["configs"]  # else a server with a key is never scraped
+    assert compose["configs"][key]["content"] == "${COLDSTREAM_API_KEY:-none}"
+    (scraped,) = yaml.safe_load((DOCKER / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    assert scraped["authorization"] == {"credentials_file": f"/{key}"}
 
 
 def test_kubernetes_probes_and_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = list(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8")))
     (pod,) = (d["spec"]["template"]["spec"] for d in documents if d["kind"] == "Deployment")
     (container,) = pod["containers"]
+    assert pod["enableServiceLinks"] is False  # a Service named coldstream would set COLDSTREAM_PORT
     assert container["livenessProbe"]["httpGet"]["path"] == "/health"
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
     variables = {entry["name"]: entry["value"] for entry in container["env"]}

@@ -600,6 +600,39 @@ def test_what_waits_for_too_long_is_given_up(make: Make) -> None:
     assert bench.engine.snapshot().failure["wait_limit"] == 1
 
 
+def test_none_is_given_up_beside_another_of_its_group(make: Make) -> None:
+    bench = make(max_num_seqs=1, max_wait_s=0.05)
+    gates = [bench.stop_at() for _ in range(2)]
+    first, second, stranger = (
+        Client(bench.engine, replace(request(name, max_tokens=4), group=group))
+        for name, group in (("a", "batch"), ("b", "batch"), ("c", ""))
+    )
+    for gate in gates:
+        assert gate.entered.wait(WAIT_S)
+        time.sleep(0.06)  # longer than the limit
+        gate.opened.set()
+    assert stranger.end().failure == "wait_limit"
+    assert first.end().finish_reason is FinishReason.LENGTH and second.end().finish_reason is FinishReason.LENGTH
+
+
+def test_an_engine_that_breaks_says_so_and_fails_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, failed = Bench(), threading.Event()
+    monkeypatch.setattr(bench.engine, "_admit", lambda: 1 / 0)
+    bench.engine.start(failed.set)
+    end = bench.client("a").end()
+    assert (end.finish_reason, end.failure) == (FinishReason.ERROR, "shutdown") and failed.wait(WAIT_S)
+    with pytest.raises(EngineStoppedError):
+        bench.client("b")
+    bench.engine.shutdown(0.0)
+
+
+def test_an_engine_that_is_shut_down_has_not_failed() -> None:
+    bench, failed = Bench(), threading.Event()
+    bench.engine.start(failed.set)
+    bench.engine.shutdown(WAIT_S)
+    assert not failed.is_set()
+
+
 def test_a_schema_needs_a_compiler(make: Make) -> None:
     with pytest.raises(RequestError, match="JSON schema"):
         make().client("a", json_schema="{}")

@@ -23,6 +23,7 @@ from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, 
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
 from runtime.load import Loaded, LoadOptions, load, open_forecast, prepare
+from runtime.pack import PackOptions
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
 from runtime.plan import FfnCache, PlanOptions
 from runtime.request import FinishReason, Request, SamplingParams
@@ -116,6 +117,18 @@ def test_dense_keeps_the_first_records_so_that_the_rest_is_one_read(tmp_path: Pa
             np.testing.assert_array_equal(resident, np.arange(resident.size))
     finally:
         loaded.close()
+
+
+def test_a_checkpoint_is_packed_as_asked_the_first_time_that_it_is_loaded(
+    tmp_path: Path, tiny_relu2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _, text = tiny_relu2
+    monkeypatch.setenv("COLDSTREAM_CACHE_DIR", str(tmp_path))
+    for bundles in ("int8", "fp16"):
+        loaded = load(str(checkpoint), LoadOptions(pack=PackOptions(text, bundles=bundles)), quiet)
+        loaded.close()
+        assert loaded.packed.bundles.layout.dtype.value == bundles
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("family", ["tiny_relu2", "tiny_reglu", "tiny_arcee"])

@@ -98,6 +98,23 @@ def test_health_answers_while_loading_and_ready_only_after(tmp_path: Path) -> No
     assert "Memory plan" in output
 
 
+def test_a_server_whose_engine_has_broken_leaves_with_1(tmp_path: Path) -> None:
+    with serving(tmp_path / "frail") as process:
+        process.expect("engine started")
+        code, output = process.end()
+    assert code == 1 and "the engine has ended because of an error of its own" in output
+    assert "engine shut down" in output and "closed" in output and "Traceback" not in output
+
+
+def test_an_audit_rate_that_has_no_effect_is_said(tmp_path: Path) -> None:
+    for mode, said in (("dense", True), ("sparse", False)):
+        with serving(tmp_path / mode, "--audit-rate", "0.5") as process:
+            process.expect("ready: ")
+            process.popen.send_signal(signal.SIGTERM)
+            _, output = process.end()
+        assert ("--audit-rate has no effect" in output) == said
+
+
 def test_sigterm_while_loading_leaves_at_once(tmp_path: Path) -> None:
     with serving(tmp_path / "slow") as process:
         process.expect("packing: 50 %")

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from runtime.request import FinishReason
+from runtime.request import FinishReason, Request, SamplingParams
 from runtime.tokenizer import Part
 from server.async_engine import LoadedModel
 from server.chat import ChatTemplateError, render_chat
@@ -270,6 +270,17 @@ def test_echo_with_max_tokens_0_scores_a_prompt_of_token_ids(server: LiveServer)
     assert (plain["text"], plain["logprobs"]) == ("abc", None)
 
 
+def test_logprobs_of_completions_have_the_end_token_too() -> None:
+    """lm-eval leaves out the last entry, as the one made token: without it a token of the prompt would go."""
+    with live_server(FakeEngine(byte_tokenizer(), script="")) as server:
+        answer = complete(server, prompt="abc", echo=True, logprobs=1, max_tokens=1)
+        choice = answer["choices"][0]
+        assert choice["text"] == "abc" and choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["tokens"] == ["a", "b", "c", "</s>"]
+        assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3] and answer["usage"]["completion_tokens"] == 1
+        assert choice["logprobs"]["token_logprobs"][-1] == -2.57
+
+
 def test_logprobs_keep_to_the_text_that_a_stop_string_leaves(server: LiveServer) -> None:
     choice = complete(server, prompt="hi", logprobs=0, stop="lo", max_tokens=50)["choices"][0]
     assert choice["logprobs"]["tokens"] == ["H", "e", "l"] and choice["text"] == "Hel"
@@ -286,7 +297,7 @@ def test_logprobs_of_chat(client: openai.OpenAI) -> None:
 
 def test_token_that_is_no_character_is_spelt_in_bytes() -> None:
     with live_server(FakeEngine(byte_tokenizer(), script="é")) as server:
-        choice = complete(server, prompt="hi", logprobs=0)["choices"][0]
+        choice = complete(server, prompt="hi", logprobs=0, max_tokens=2)["choices"][0]
     assert choice["text"] == "é" and choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
     assert choice["logprobs"]["text_offset"] == [0, 0]
 
@@ -469,13 +480,28 @@ def test_body_that_is_too_large_is_refused_with_and_without_a_length() -> None:
 
 
 def test_full_queue_is_429_with_retry_after_and_leaves_nothing_behind() -> None:
-    with live_server(FakeEngine(byte_tokenizer(), max_live=2, gate=threading.Semaphore(0))) as server:
-        response = post(server, "/v1/completions", prompt="hi", n=3)
+    gate = threading.Semaphore(0)
+    with live_server(FakeEngine(byte_tokenizer(), max_live=2, gate=gate)) as server:
+        server.engine.submit(Request("other", (1,), SamplingParams()), lambda event: None)
+        response = post(server, "/v1/completions", prompt="hi", n=2)
         assert refused(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "1"
+        streamed = post(server, "/v1/completions", prompt="hi", n=2, stream=True)
+        assert streamed.status_code == 429  # known before the answer begins
+        server.engine.abort("other")
+        gate.release(len(HELLO))
         server.engine.join()
         assert server.engine.num_live == 0
-        streamed = post(server, "/v1/completions", prompt="hi", n=3, stream=True)
-        assert streamed.status_code == 429  # known before the answer begins
+
+
+def test_more_choices_than_ever_fit_are_400_and_name_the_field() -> None:
+    with live_server(FakeEngine(byte_tokenizer(), max_live=2)) as server:
+        error = refused(post(server, "/v1/completions", prompt="hi", n=3), 400)
+        assert error["param"] == "n" and "3 choices" in error["message"] and "2 at most" in error["message"]
+        assert refused(post(server, "/v1/completions", prompt=["a", "b", "c"]), 400)["param"] == "prompt"
+        messages = [{"role": "user", "content": "hi"}]
+        assert refused(post(server, "/v1/chat/completions", messages=messages, n=3), 400)["param"] == "n"
+        assert server.engine.requests == []
+        assert len(complete(server, prompt="hi", n=2)["choices"]) == 2
 
 
 def test_failure_that_nobody_foresaw_is_500_under_the_requests_id(monkeypatch: pytest.MonkeyPatch) -> None:
