@@ -149,11 +149,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_TABLES = {"embedding_dtype": "model.embed_tokens.weight", "head_dtype": "lm_head.weight"}
+
+
 class _Tensors:
     """What both kinds share: entries by Hugging Face name."""
 
     def __init__(self, path: Path, config: ModelConfig, entries: dict[str, TensorEntry]) -> None:
-        self.path, self.config, self._entries = path, config, entries
+        stored = {f: entries[n].dtype if n in entries else None for f, n in _TABLES.items()}
+        self.path, self.config, self._entries = path, replace(config, **stored), entries  # type: ignore[arg-type]
 
     def names(self) -> list[str]:
         return list(self._entries)

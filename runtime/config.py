@@ -102,6 +102,8 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str  # of the checkpoint's matrices: bf16, fp16, fp32, or a GGUF type's name
+    embedding_dtype: str | None = None  # as stored; None: not known, and then taken to be `dtype`
+    head_dtype: str | None = None  # as stored; None also where the embedding is the head
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,7 +115,14 @@ class ModelConfig:
         scaling = fields.mapping("rope_scaling")
         family = _family(fields)
         rope = None if scaling is None else _rope_from_json(fields, scaling)
-        return cls(**_common(fields), gated=family.gated, rope_scaling=rope, rope_theta=fields.number("rope_theta"))
+        return cls(
+            **_common(fields),
+            gated=family.gated,
+            rope_scaling=rope,
+            rope_theta=fields.number("rope_theta"),
+            embedding_dtype=fields.text_or_none("embedding_dtype"),
+            head_dtype=fields.text_or_none("head_dtype"),
+        )
 
     @classmethod
     def from_hf(cls, data: Any) -> ModelConfig:
@@ -196,6 +205,9 @@ class _Fields:
         if not isinstance(value, str):
             raise self.bad(name, "a string")
         return value
+
+    def text_or_none(self, name: str) -> str | None:
+        return None if self.data.get(name) is None else self.text(name)
 
     def mapping(self, name: str) -> dict[str, Any] | None:
         value = self.data.get(name)

@@ -161,20 +161,20 @@ def find_or_pack(model: str, progress: Progress, options: PackOptions | None = N
     none."""
     path = Path(model)
     if is_packed(path):
-        return open_packed(path)
+        return open_model(path)
     options = options or PackOptions(default_calibration())
     checkpoint = open_checkpoint(model)
     target = cache_directory() / _cache_name(checkpoint, options)
     if not is_packed(target):
         pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress)
-    return open_packed(target)
+    return open_model(target)
 
 
 def open_plan(model: str, options: PlanOptions) -> Plan | GpuPlan:
     """The plan of a packed model or of a checkpoint, from headers only. Raises BudgetError, FormatError."""
     path = Path(model)
     if is_packed(path):
-        packed = open_packed(path)
+        packed = open_model(path)
         config, layout = packed.config, packed.bundles.layout
         options = replace(options, mode=_resolve_mode(options.mode, options.cett, packed))
         sketches: list[SketchSize] | None = packed.sketch_sizes(_cett(options.cett, packed))
@@ -217,7 +217,7 @@ def open_forecast(model: str, plan: Plan | GpuPlan, options: PlanOptions) -> For
     """
     if not is_packed(Path(model)):
         return None
-    packed = open_packed(Path(model))
+    packed = open_model(Path(model))
     if isinstance(plan, GpuPlan):
         return _gpu_forecast(packed, plan, options)
     path = packed.bundles.path
@@ -611,7 +611,7 @@ def _load_weights(
     layers are read by every step."""
     source = _resident_source(packed)
     config = packed.config
-    on_disk = rows_on_disk and embedding_stays_on_disk(config) and source.dtype(_EMBEDDING) in PLAIN_DTYPES
+    on_disk = rows_on_disk and embedding_stays_on_disk(config)
     embed = None if on_disk else source.load(_EMBEDDING).to(dtype)
     layers: list[LayerWeights] = []
     for i in range(0 if streamed else config.num_hidden_layers):
@@ -624,13 +624,37 @@ def _load_weights(
     return ModelWeights(rows, late if streamed else layers, norm, head)
 
 
+def open_model(path: Path) -> Packed:
+    """As `open_packed`; of a pack whose manifest does not say yet how a GGUF's embedding and head are stored, the file
+    that they are read from says it."""
+    packed = open_packed(path)
+    known = packed.config.embedding_dtype is not None or packed.config.dtype not in PLAIN_DTYPES
+    if known or packed.source.kind != "gguf":
+        return packed
+    try:
+        stored = _resident_file(packed).config
+    except ColdstreamError:  # `load` says so; a plan needs no source
+        return packed
+    return replace(
+        packed,
+        config=replace(packed.config, embedding_dtype=stored.embedding_dtype, head_dtype=stored.head_dtype),
+    )
+
+
+def _resident_file(packed: Packed) -> Checkpoint | ResidentFile:
+    if packed.standalone:
+        return ResidentFile(packed.path / RESIDENT, packed.config)
+    return open_checkpoint(packed.source.path)
+
+
 def _resident_source(packed: Packed) -> Checkpoint | ResidentFile:
     """Where the resident part is read from: the packed directory itself, its checksum verified, or the checkpoint, its
     fingerprint checked."""
     if packed.standalone:
         packed.verify(RESIDENT, keep_pages=False)
-        return ResidentFile(packed.path / RESIDENT, packed.config)
-    checkpoint = open_checkpoint(packed.source.path)
+    checkpoint = _resident_file(packed)
+    if isinstance(checkpoint, ResidentFile):
+        return checkpoint
     before = [FileFingerprint.from_json(f) for f in packed.source.fingerprint]
     now = checkpoint.fingerprint()
     if len(now) != len(before) or not all(a.matches(b) for a, b in zip(now, before, strict=True)):

@@ -25,7 +25,7 @@ from cache.bundle import BundleDtype, BundleLayout, pack_records
 from cache.errors import ColdstreamError, UnsupportedError
 from cache.store import BundleFile
 from runtime.calibrate import CETT_GRID, LayerThresholds
-from runtime.checkpoint import Checkpoint, check_tensors
+from runtime.checkpoint import Checkpoint, ResidentFile, check_tensors
 from runtime.config import ModelConfig
 from runtime.contract import CANDIDATES, Contract, choose_cett
 from runtime.layers import FFNWeights, ffn_name
@@ -179,6 +179,7 @@ def _write(
         open_to_others(out / name)
     if options.standalone:
         _copy_resident(checkpoint, out / RESIDENT)
+        config = ResidentFile(out / RESIDENT, config).config  # what was quantised is not, in the copy
     tokenizer.save(out)
     small = (PROFILE, SKETCH, *((RESIDENT,) if options.standalone else ()))
     contract = found.contract(options)

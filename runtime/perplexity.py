@@ -39,7 +39,7 @@ def perplexity(
     tokens. Raises ColdstreamError.
     """
     path = text or default_heldout()
-    packed = find_or_pack(model, progress)
+    packed = find_or_pack(model, progress, options.pack)
     dense_options = replace(options, mode="dense", cett=None)
     sparse_options = [replace(options, mode="sparse", cett=cett) for cett in cetts]
     for cett in cetts:

@@ -324,10 +324,14 @@ class ModelSizes:
     def load_bytes(self) -> int:
         """The largest resident tensor as it comes out of the file, unless that is its dtype already; the profile."""
         c = self.config
-        stored = {"bf16": 2, "fp16": 2}.get(c.dtype, 4)  # quantised types are dequantised to fp32
-        copied = 0 if c.dtype == self.dtype else stored
-        elements = max(c.vocab_size, c.num_attention_heads * c.head_dim) * c.hidden_size
-        return elements * copied + self.num_neurons * _PROFILE_BYTES + _PIECES_BYTES
+        tables = max(map(self._copied_bytes, table_dtypes(c))) * c.vocab_size
+        matrices = self._copied_bytes(c.dtype) * c.num_attention_heads * c.head_dim
+        return max(tables, matrices) * c.hidden_size + self.num_neurons * _PROFILE_BYTES + _PIECES_BYTES
+
+    def _copied_bytes(self, stored: str) -> int:
+        """An element of a tensor as it comes out of the file; 0 where it is that which stays. Quantised types are
+        dequantised to fp32."""
+        return 0 if stored == self.dtype else {"bf16": 2, "fp16": 2}.get(stored, 4)
 
     def disk_bytes(self) -> int:
         """Estimated from shapes: records, sketch, frequencies at each target; 16 MiB for all that is small."""
@@ -336,7 +340,13 @@ class ModelSizes:
 
 def embedding_stays_on_disk(config: ModelConfig) -> bool:
     """Whether a token's row is read when it is needed: where the head is another matrix, and rows need no decoding."""
-    return not config.tie_word_embeddings and config.dtype in _PLAIN
+    return not config.tie_word_embeddings and table_dtypes(config)[0] in _PLAIN
+
+
+def table_dtypes(config: ModelConfig) -> tuple[str, str]:
+    """Of embedding and head, as stored: a GGUF often keeps them otherwise than the other matrices."""
+    embedding = config.embedding_dtype or config.dtype
+    return embedding, embedding if config.tie_word_embeddings else config.head_dtype or config.dtype
 
 
 def attention_can_stream(config: ModelConfig) -> bool:

@@ -123,8 +123,16 @@ def test_a_resident_file_needs_no_directory(llama: Path) -> None:
 # --- GGUF ---
 
 
-def write_gguf(path: Path, model: Any, arch: str, kind: gguf.GGMLQuantizationType, **meta: Any) -> None:
-    """The model as llama.cpp's converter writes it: q and k rows permuted so that neighbours rotate."""
+def write_gguf(
+    path: Path,
+    model: Any,
+    arch: str,
+    kind: gguf.GGMLQuantizationType,
+    others: dict[str, gguf.GGMLQuantizationType] | None = None,
+    **meta: Any,
+) -> None:
+    """The model as llama.cpp's converter writes it: q and k rows permuted so that neighbours rotate. others: types of
+    matrices by their Hugging Face name, where it is not `kind`."""
     config, writer = model.config, gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -145,9 +153,8 @@ def write_gguf(path: Path, model: Any, arch: str, kind: gguf.GGMLQuantizationTyp
             half = array.shape[0] // heads // 2
             array = array.reshape(heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        raw = gguf.quantize(array, kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32)
-        raw_kind = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(target, raw, raw_dtype=raw_kind)
+        raw_kind = (others or {}).get(name, kind) if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(target, gguf.quantize(array, raw_kind), raw_dtype=raw_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -152,9 +152,11 @@ def test_no_value_of_any_field_gets_past_the_checks_as_another_error(model_type:
 
 def test_from_json_refuses_what_to_json_did_not_write() -> None:
     good = ModelConfig.from_hf({"model_type": "llama", "rope_scaling": LLAMA3}).to_json()
+    with pytest.raises(FormatError, match="embedding_dtype"):
+        ModelConfig.from_json(good | {"embedding_dtype": 3})
     for name in good:
         data = {k: v for k, v in good.items() if k != name}
-        if name in ("rope_scaling", "bos_token_id", "gated"):  # null, null, and implied by the family
+        if name in ("rope_scaling", "bos_token_id", "gated", "embedding_dtype", "head_dtype"):  # null or implied
             ModelConfig.from_json(data)
             continue
         with pytest.raises(ColdstreamError, match=name):

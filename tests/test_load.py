@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,11 +23,16 @@ from cache.bundle import unpack_vector
 from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, ReadError, UnsupportedError
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
+from runtime.checkpoint import open_checkpoint
 from runtime.load import Loaded, LoadOptions, load, open_forecast, prepare
-from runtime.pack import PackOptions
+from runtime.model import Model
+from runtime.pack import PackOptions, pack
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
-from runtime.plan import FfnCache, PlanOptions
+from runtime.plan import FfnCache, Plan, PlanOptions
 from runtime.request import FinishReason, Request, SamplingParams
+from runtime.row_file import RowFile
+from runtime.tokenizer import Tokenizer
+from tests.test_checkpoint import make, write_gguf
 
 PROMPTS = [[1, 5, 9, 14], [3] * 20, list(range(40, 2, -1)), [60, 2], [7, 11, 13, 17, 19, 23, 29, 31]]
 
@@ -401,6 +407,34 @@ def test_a_budget_too_small_names_the_smallest_that_works(model: Path) -> None:
         load(str(model), LoadOptions(memory_bytes=1 << 20), quiet)
     smallest = caught.value.smallest_bytes
     load(str(model), LoadOptions(memory_bytes=smallest + (64 << 20)), quiet).close()
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_an_embedding_that_is_quantised_beside_plain_matrices_is_planned_as_it_is_loaded(
+    standalone: bool, tmp_path: Path, tiny_llama: Any
+) -> None:
+    """In memory where its rows need decoding, as the copy of a standalone pack does not; its copy in fp32 meanwhile."""
+    sizes = {"vocab_size": 320, "max_position_embeddings": 512}
+    model = make("llama", tmp_path / "hf", **sizes, tie_word_embeddings=False)
+    kind = gguf.GGMLQuantizationType
+    write_gguf(tmp_path / "m.gguf", model, "llama", kind.F16, {"model.embed_tokens.weight": kind.Q8_0})
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    config = checkpoint.config
+    assert (config.dtype, config.embedding_dtype, config.head_dtype) == ("fp16", "q8_0", "fp16")
+    tokenizer = Tokenizer.from_checkpoint(open_checkpoint(tiny_llama.checkpoint))
+    out = tmp_path / "packed"
+    pack(checkpoint, tokenizer, out, PackOptions(tiny_llama.text, standalone=standalone), quiet)
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["config"]["embedding_dtype"] == ("fp32" if standalone else "q8_0")
+    planned = []
+    for names in ((), ("embedding_dtype", "head_dtype")):  # the second as packs were made before
+        edit_manifest(out, config={k: v for k, v in manifest["config"].items() if k not in names})
+        loaded = load(str(out), LoadOptions(mode="dense"), quiet)
+        assert isinstance(loaded.plan, Plan) and isinstance(loaded.model, Model)
+        planned.append((loaded.plan.details["resident.embedding"], loaded.plan.details["resident.head"]))
+        assert (planned[-1][0] == 0) == isinstance(loaded.model._weights.embed_tokens, RowFile) == standalone
+        loaded.close()
+    assert planned[0] == planned[1]
 
 
 # -- packing that fails -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from cache.budget import HostMemory, smallest_staging_bytes
 from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import BudgetError, ColdstreamError, UnsupportedError
 from runtime.config import ModelConfig
-from runtime.plan import FfnCache, Plan, PlanOptions, make_plan
+from runtime.plan import FfnCache, ModelSizes, Plan, PlanOptions, make_plan
 
 GIB, MIB = 1 << 30, 1 << 20
 PROCESS = 250 * MIB
@@ -64,6 +64,8 @@ TINY = replace(
     head_dim=11,
     max_position_embeddings=128,
 )
+
+LAYOUT = BundleLayout.make(LARGE.hidden_size, LARGE.gated, BundleDtype.BF16)
 
 
 def plan(
@@ -212,6 +214,16 @@ def test_bytes_by_hand() -> None:
     quantised = plan(replace(LARGE, dtype="q8_0"))
     assert quantised.details["resident.embedding"] == quantised.details["resident.head"]
     assert plan(replace(SMOL, attention_bias=True)).resident_bytes > plan(SMOL).resident_bytes
+
+
+def test_embedding_and_head_are_priced_as_they_are_stored() -> None:
+    fp32 = LARGE.vocab_size * LARGE.hidden_size * 4
+    plain, quantised = plan(LARGE), plan(replace(LARGE, embedding_dtype="q6_k"))
+    assert plain.details["resident.embedding"] == 0 and quantised.details["resident.embedding"] == fp32 // 2
+    assert plan(replace(LARGE, dtype="q4_k", embedding_dtype="fp16")).details["resident.embedding"] == 0
+    for change in ({"embedding_dtype": "q6_k"}, {"head_dtype": "q6_k"}):  # in fp32 until it is bf16
+        sizes = ModelSizes(replace(LARGE, **change), LAYOUT, PlanOptions(), [])  # type: ignore[arg-type]
+        assert sizes.load_bytes() - replace(sizes, config=LARGE).load_bytes() == fp32
 
 
 def test_dtype_follows_the_checkpoint_unless_asked() -> None:
