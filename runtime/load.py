@@ -166,7 +166,7 @@ def find_or_pack(model: str, progress: Progress, options: PackOptions | None = N
     checkpoint = open_checkpoint(model)
     target = cache_directory() / _cache_name(checkpoint, options)
     if not is_packed(target):
-        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress)
+        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress, reuse=True)
     return open_model(target)
 
 

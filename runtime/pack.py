@@ -29,6 +29,7 @@ from runtime.checkpoint import Checkpoint, ResidentFile, check_tensors
 from runtime.config import ModelConfig
 from runtime.contract import CANDIDATES, Contract, choose_cett
 from runtime.layers import FFNWeights, ffn_name
+from runtime.pack_lock import pack_lock
 from runtime.packed import (
     BUNDLES,
     PROFILE,
@@ -37,6 +38,7 @@ from runtime.packed import (
     Packed,
     Source,
     bundle_header,
+    is_packed,
     safetensors_header,
     sha256,
     write_manifest,
@@ -66,18 +68,36 @@ class PackOptions:
     standalone: bool = False
 
 
-def pack(checkpoint: Checkpoint, tokenizer: Tokenizer, out: Path, options: PackOptions, progress: Progress) -> None:
-    """Writes a packed model to `out`, which must not exist. Raises ColdstreamError; then nothing is left behind."""
+def pack(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    out: Path,
+    options: PackOptions,
+    progress: Progress,
+    reuse: bool = False,
+) -> None:
+    """Writes a packed model to `out`, which must not exist. Raises ColdstreamError; then nothing is left behind.
+
+    Waits while another process writes there. reuse: what that has made will do, and is not refused.
+    """
     check_tensors(checkpoint)
     config = checkpoint.config
     layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, checkpoint))
-    if out.exists():
-        raise ColdstreamError(f"--out {out}: already exists; remove it or name another directory")
+    _refuse_existing(out, reuse)
     _check_space(out, packed_bytes(config, layout) + (resident_bytes(checkpoint) if options.standalone else 0))
     _check_options(options)
     windows = split_windows(tokenizer, options.calibration, config.vocab_size)
-    with _atomic_directory(out) as partial:
-        _write(checkpoint, tokenizer, partial, layout, windows, options, progress)
+    with _writing(out), pack_lock(out, lambda: progress("waiting for another process that packs this model", 0.0)):
+        if reuse and is_packed(out):
+            return
+        _refuse_existing(out, False)
+        with _atomic_directory(out) as partial:
+            _write(checkpoint, tokenizer, partial, layout, windows, options, progress)
+
+
+def _refuse_existing(out: Path, reuse: bool) -> None:
+    if out.exists() and not (reuse and is_packed(out)):
+        raise ColdstreamError(f"--out {out}: already exists; remove it or name another directory")
 
 
 def _check_options(options: PackOptions) -> None:
@@ -125,30 +145,31 @@ def calibration_tokens(
 
 
 @contextlib.contextmanager
-def _atomic_directory(out: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+def _writing(out: Path) -> Iterator[None]:
+    """The directory for `out`; what the disk refuses is said of it, not of a file in it that will not be there."""
     try:
-        partial.mkdir()
-        yield partial
-        os.rename(partial, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ColdstreamError(f"{out.parent}: the disk is full; nothing was kept") from error
         raise ColdstreamError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _atomic_directory(out: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not. Who has the
+    lock is alone: what else is there was left by those that were killed."""
+    for left in out.parent.iterdir():
+        if left.name.startswith(f".{out.name}.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        yield partial
+        os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_stale(out: Path) -> None:
-    """Removes what killed runs left for the same `out`."""
-    for left in out.parent.glob(f".{out.name}.partial-*"):
-        pid = left.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path("/proc", pid).exists()):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, 
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
 from runtime.checkpoint import open_checkpoint
-from runtime.load import Loaded, LoadOptions, load, open_forecast, prepare
+from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, prepare
 from runtime.model import Model
 from runtime.pack import PackOptions, pack
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
@@ -435,6 +436,44 @@ def test_an_embedding_that_is_quantised_beside_plain_matrices_is_planned_as_it_i
         assert (planned[-1][0] == 0) == isinstance(loaded.model._weights.embed_tokens, RowFile) == standalone
         loaded.close()
     assert planned[0] == planned[1]
+
+
+# -- packing that is found, or under way -------------------------------------------------------------------------------
+
+
+def test_who_finds_that_another_packs_waits_and_takes_what_it_made(
+    tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTREAM_CACHE_DIR", str(tmp_path))
+    begun, waiting, stages = threading.Event(), threading.Event(), set()
+    options, paths = PackOptions(tiny_llama.text), []
+
+    def first(what: str, share: float) -> None:
+        begun.set()
+        assert waiting.wait(60)
+
+    def second(what: str, share: float) -> None:
+        stages.add(what)
+        waiting.set()
+
+    def run() -> None:
+        paths.append(find_or_pack(str(tiny_llama.checkpoint), first, options).path)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(60)
+    paths.append(find_or_pack(str(tiny_llama.checkpoint), second, options).path)
+    thread.join()
+    assert paths[0] == paths[1] and stages == {"waiting for another process that packs this model"}
+    assert list(tmp_path.iterdir()) == [paths[0]]
+
+
+def test_what_was_left_is_removed_whatever_the_number_of_its_process(tmp_path: Path, tiny_llama: Any) -> None:
+    """Which may be another's by now, or was given in another container."""
+    (tmp_path / f".packed.partial-{os.getppid()}").mkdir()
+    (tmp_path / ".packed.lock").touch()
+    packed(tiny_llama.checkpoint, tmp_path / "packed", tiny_llama.text)
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
 
 
 # -- packing that fails -----------------------------------------------------------------------------------------------
