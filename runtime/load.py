@@ -150,7 +150,7 @@ def prepare(
     """Packs a checkpoint and returns the directory. Without `out`: the cache directory. Raises ColdstreamError."""
     options = PackOptions(calibration or default_calibration(), cett, max_ppl_increase, bundles, standalone)
     checkpoint = open_checkpoint(model)
-    target = out or cache_directory() / _cache_name(checkpoint, options)
+    target = out or _cached(checkpoint, options)
     pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress)
     device_curve(target / BUNDLES)
     return target
@@ -159,29 +159,41 @@ def prepare(
 def find_or_pack(model: str, progress: Progress, options: PackOptions | None = None) -> Packed:
     """The packed model that `model` names or was packed into before with the same options; packs it when there is
     none."""
-    path = Path(model)
-    if is_packed(path):
-        return open_model(path)
+    found = _find(model, options)
+    if isinstance(found, Packed):
+        return found
     options = options or PackOptions(default_calibration())
-    checkpoint = open_checkpoint(model)
-    target = cache_directory() / _cache_name(checkpoint, options)
-    if not is_packed(target):
-        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress, reuse=True)
+    target = _cached(found, options)
+    pack(found, Tokenizer.from_checkpoint(found), target, options, progress, reuse=True)
     return open_model(target)
 
 
-def open_plan(model: str, options: PlanOptions) -> Plan | GpuPlan:
-    """The plan of a packed model or of a checkpoint, from headers only. Raises BudgetError, FormatError."""
+def _find(model: str, options: PackOptions | None) -> Packed | Checkpoint:
+    """As `find_or_pack`, but the checkpoint where it is not packed yet."""
     path = Path(model)
     if is_packed(path):
-        packed = open_model(path)
-        config, layout = packed.config, packed.bundles.layout
-        options = replace(options, mode=_resolve_mode(options.mode, options.cett, packed))
-        sketches: list[SketchSize] | None = packed.sketch_sizes(_cett(options.cett, packed))
+        return open_model(path)
+    checkpoint = open_checkpoint(model)
+    target = _cached(checkpoint, options or PackOptions(default_calibration()))
+    return open_model(target) if is_packed(target) else checkpoint
+
+
+def _cached(checkpoint: Checkpoint, options: PackOptions) -> Path:
+    """Where it is packed into."""
+    return cache_directory() / _cache_name(checkpoint, options)
+
+
+def open_plan(model: str, options: PlanOptions, pack_options: PackOptions | None = None) -> Plan | GpuPlan:
+    """The plan of a packed model, or of a checkpoint, from headers only: that of the packed model which `load` would
+    find with the same `pack_options`, an estimate where it would pack first. Raises BudgetError, FormatError."""
+    found = _find(model, pack_options)
+    config = found.config
+    if isinstance(found, Packed):
+        layout = found.bundles.layout
+        options = replace(options, mode=_resolve_mode(options.mode, options.cett, found))
+        sketches: list[SketchSize] | None = found.sketch_sizes(_cett(options.cett, found))
     else:
-        checkpoint = open_checkpoint(model)
-        config = checkpoint.config
-        layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, checkpoint))
+        layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, found))
         options, sketches = replace(options, mode="sparse" if options.mode == "auto" else options.mode), None
     device = planned_device(options)
     if device is None:
@@ -208,16 +220,18 @@ def _cpu_asked(options: PlanOptions | LoadOptions) -> bool:
     return options.device == "cpu"
 
 
-def open_forecast(model: str, plan: Plan | GpuPlan, options: PlanOptions) -> Forecast | GpuForecast | None:
+def open_forecast(
+    model: str, plan: Plan | GpuPlan, options: PlanOptions, pack_options: PackOptions | None = None
+) -> Forecast | GpuForecast | None:
     """What `plan` should decode at on this machine, which is measured; None for a model that is not packed, or a GPU
     that is not here.
 
     Also measures the disk where that has not been done, and takes 64 MiB for a moment; of a GPU, see `measure_gpu`.
     Raises FormatError, ReadError.
     """
-    if not is_packed(Path(model)):
+    packed = _find(model, pack_options)
+    if not isinstance(packed, Packed):
         return None
-    packed = open_model(Path(model))
     if isinstance(plan, GpuPlan):
         return _gpu_forecast(packed, plan, options)
     path = packed.bundles.path

@@ -36,6 +36,7 @@ from server.settings import (
     SettingsError,
     client_key,
     load_options,
+    pack_options,
     plan_options,
     read_settings,
     unknown_variables,
@@ -208,9 +209,9 @@ def plan(
     name, settings = resolve_model(settings)
     from runtime.load import open_forecast, open_plan
 
-    options = plan_options(settings)
-    found = open_plan(name, options)
-    expected = open_forecast(name, found, options)
+    options, packing = plan_options(settings), pack_options(settings)
+    found = open_plan(name, options, packing)
+    expected = open_forecast(name, found, options, packing)
     if settings.as_json:
         typer.echo(json.dumps(found.to_json() | {"expected": None if expected is None else expected.to_json()}))
         return

@@ -28,7 +28,7 @@ from server.async_engine import AsyncEngine, LoadedModel
 from server.config import ServerConfig
 from server.load_bar import LoadBar
 from server.plan_table import plan_table
-from server.settings import Settings, api_keys, load_options, plan_options
+from server.settings import Settings, api_keys, load_options, pack_options, plan_options
 
 if TYPE_CHECKING:
     from runtime.load import Loaded
@@ -124,7 +124,8 @@ class Server:
         from runtime.load import load, open_plan
 
         self._progress("importing", 1.0)
-        plan = open_plan(self._model, plan_options(self._settings))  # refuses a budget before anything is packed
+        options = plan_options(self._settings), pack_options(self._settings)
+        plan = open_plan(self._model, *options)  # refuses a budget before anything is packed
         if self._settings.log_format == "json":
             logger.info("memory plan", extra={"fields": {"plan": plan.to_json()}})
         else:

@@ -47,7 +47,7 @@ class FakeEngine:
         print(f"engine shut down within {drain_timeout_s:g} s", flush=True)
 
 
-def open_plan(model: str, options: PlanOptions) -> Plan:
+def open_plan(model: str, options: PlanOptions, pack_options: object = None) -> Plan:
     host = HostMemory(8 << 30, 6 << 30, None, "MemAvailable")
     mode = "sparse" if options.mode == "auto" else options.mode
     layout = BundleLayout.make(64, True, BundleDtype.BF16)

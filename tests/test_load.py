@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, 
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
 from runtime.checkpoint import open_checkpoint
-from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, prepare
+from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, open_plan, prepare
 from runtime.model import Model
 from runtime.pack import PackOptions, pack
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
@@ -439,6 +440,25 @@ def test_an_embedding_that_is_quantised_beside_plain_matrices_is_planned_as_it_i
 
 
 # -- packing that is found, or under way -------------------------------------------------------------------------------
+
+
+def test_a_plan_is_that_of_the_pack_which_would_be_loaded(
+    tmp_path: Path, tiny_relu2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTREAM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("runtime.load.process_bytes", lambda: 400 << 20)
+    model, options, packing = (
+        str(tiny_relu2.checkpoint),
+        PlanOptions(2 << 30, mode="auto"),
+        PackOptions(tiny_relu2.text),
+    )
+    estimate = open_plan(model, options, packing)
+    assert open_forecast(model, estimate, options, packing) is None
+    found = find_or_pack(model, quiet, packing)
+    exact = open_plan(model, options, packing)
+    assert exact == open_plan(str(found.path), options) != estimate
+    assert open_forecast(model, exact, options, packing) is not None
+    assert open_plan(model, options, replace(packing, bundles="int8")) == estimate  # that is not packed yet
 
 
 def test_who_finds_that_another_packs_waits_and_takes_what_it_made(
