@@ -6,6 +6,7 @@ predictor and the same cache as decode.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache.budget import trim_heap
 from cache.errors import ColdstreamError
 from runtime.batch import Batch, SequenceView
 from runtime.load import Loaded, LoadOptions, default_heldout, find_or_pack, load, open_plan, plan_options
@@ -93,6 +95,8 @@ def _score(
     packed: Packed, options: LoadOptions, windows: list[list[int]], progress: Progress
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Negative log-likelihoods of the windows' tokens, and the shares of neurons that it took."""
+    gc.collect()
+    trim_heap()  # what the load before has left is not this one's
     loaded = load(str(packed.path), options, progress)
     try:
         done = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from cache.errors import ColdstreamError
-from runtime.load import LoadOptions, open_plan, prepare
+from runtime.load import LoadOptions, load, open_plan, prepare
 from runtime.perplexity import perplexity
 from runtime.plan import PlanOptions
 from tests.conftest import TinyModel
@@ -50,6 +51,23 @@ def test_windows_are_the_same_where_the_contexts_of_dense_and_sparse_differ(
     assert found["window"] == 256 and found["tokens_scored"] == 2 * 255
     dense, sparse = found["rows"]
     assert sparse["increase"] == pytest.approx(sparse["perplexity"] - dense["perplexity"])
+
+
+def test_a_model_is_gone_before_the_next_is_planned(
+    packed: Path, tiny_relu2: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its memory counts as that of the process, and the budget is too small for the next."""
+    before: list[weakref.ref[Any]] = []
+
+    def loads(*arguments: Any) -> Any:
+        assert not any(model() for model in before)
+        loaded = load(*arguments)
+        before.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr("runtime.perplexity.load", loads)
+    perplexity(str(packed), LoadOptions(max_model_len=128), tiny_relu2.text, 128, [0.1, 0.15], quiet)
+    assert len(before) == 3
 
 
 def test_what_cannot_be_scored_is_refused_by_its_flag_before_anything_is(packed: Path, tmp_path: Path) -> None:
