@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import overload
 
-from cache.errors import FormatError, ReadError
+from cache.errors import ColdstreamError, ReadError
 from runtime.model import LayerWeights
 
 
@@ -18,8 +18,7 @@ class StreamedLayers(Sequence[LayerWeights]):
     """`num_layers` layers, each made by `load(layer)` on a thread of its own. One iteration at a time; at most
     `runtime.plan.LAYERS_AT_ONCE` are in memory.
 
-    Where `load` fails with a FormatError (the file is gone, or shorter than it was) or with an error of the system, a
-    ReadError is raised.
+    Where `load` fails (the file is gone, or shorter than it was, or the disk is broken) a ReadError is raised.
     """
 
     def __init__(self, num_layers: int, load: Callable[[int], LayerWeights]) -> None:
@@ -50,5 +49,7 @@ class StreamedLayers(Sequence[LayerWeights]):
     def _read(self, layer: int) -> LayerWeights:
         try:
             return self._load(layer)
-        except (FormatError, OSError) as error:
+        except ReadError:
+            raise
+        except (ColdstreamError, OSError) as error:
             raise ReadError(f"layer {layer}", 0, 0, str(error)) from error
