@@ -148,6 +148,7 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
     step("decode 100 %", partial(decode, 100, 1))
     step("decode 10 %", partial(decode, 10, 1))
     step("decode 40 %", partial(decode, 40, 1))
+    step("decode 0 %", partial(decode, 0, 1))
     for rows in batches:
         step(f"batch {rows}", partial(decode, 20, rows))
     if batches:
@@ -193,7 +194,7 @@ def http_group(options: argparse.Namespace, results: Results) -> None:
         say(f"http: {missing} parts of the models are missing")
         return
     for below in (False, True):
-        for name in NAMES:
+        for name in reversed(NAMES):
             what = f"http {name}{' from disk' if below else ''}"
             results.step(what, partial(http, models, name, below), options.deadline)
 

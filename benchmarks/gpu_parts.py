@@ -95,12 +95,15 @@ def cpu_texts(packed: Path) -> list[str]:
 
 def completions(url: str) -> list[str]:
     """Greedy continuations of PROMPTS, one after the other. Raises HTTPStatusError."""
+    return [completion(url, prompt)["text"] for prompt in PROMPTS]
+
+
+def completion(url: str, prompt: str, **more: Any) -> dict[str, Any]:
+    """A greedy continuation as the API gives it. Raises HTTPStatusError."""
     with httpx.Client(base_url=url, timeout=120) as client:
         name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        found = []
-        for prompt in PROMPTS:
-            body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-            found.append(client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
+        body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **more}
+        found: dict[str, Any] = client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
         return found
 
 

@@ -57,16 +57,18 @@ def plane_masks(shape: Shape, rows: int, device: torch.device) -> PlaneMasks:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _taken(sets, places, mask, NUM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """mask[row] = sets[places[row]], as small a kernel as the trace needs."""
-    row, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _taken(sets, places, masks, tokens, NUM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """masks[layer, row] = sets[layer, places[row]]."""
+    row, layer, place = tl.program_id(1), tl.program_id(2), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     after_others(CHAINED)
-    at = tl.load(places + row) * NUM + place
-    tl.store(mask + row * NUM + place, tl.load(sets + at, mask=place < NUM, other=0), mask=place < NUM)
+    at = (layer * tokens + tl.load(places + row)) * NUM + place
+    to = (layer * tl.num_programs(1) + row).to(tl.int64) * NUM + place
+    tl.store(masks + to, tl.load(sets + at, mask=place < NUM, other=0), mask=place < NUM)
 
 
 class TraceMasks:
-    """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further."""
+    """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further. A step's sets are
+    taken from the trace at once, by a kernel at its beginning."""
 
     name = "trace"
 
@@ -78,19 +80,19 @@ class TraceMasks:
         self._first = torch.arange(rows, device=device) * ROW_STEP
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = self._first.clone()
-        self._mask = torch.empty(rows, self._sets.shape[2], dtype=torch.uint8, device=device)
+        layers, _, num = self._sets.shape
+        self._masks = torch.empty(layers, rows, num, dtype=torch.uint8, device=device)
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
         self._inner.of(layer, x, norm, h)
         if layer == 0:
-            torch.remainder(self._token + self._first, self._sets.shape[1], out=self._places)
-        mask = self._mask[: x.shape[0]]
-        _taken[(triton.cdiv(mask.shape[1], _BLOCK), x.shape[0])](
-            self._sets[layer], self._places, mask, NUM=mask.shape[1], BLOCK=_BLOCK, **chained(x)
-        )
-        if layer == self._sets.shape[0] - 1:
+            layers, tokens, num = self._sets.shape
+            torch.remainder(self._token + self._first, tokens, out=self._places)
+            _taken[(triton.cdiv(num, _BLOCK), x.shape[0], layers)](
+                self._sets, self._places, self._masks, tokens, NUM=num, BLOCK=_BLOCK, **chained(x)
+            )
             self._token += 1
-        return mask
+        return self._masks[layer]
 
     def restart(self) -> None:
         self._token.zero_()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.gpu_parts import SERVED, TEXTS, completions
+from benchmarks.gpu_parts import PROMPTS, SERVED, TEXTS, completion, completions
 from benchmarks.gpu_results import Figures
 from benchmarks.gpu_tiers import memory_below
 from benchmarks.serving import serving
@@ -29,16 +29,28 @@ def http(work: Path, name: str, below: bool = False) -> Figures:
         arguments += ["--memory", str(memory_below(work / name, arguments))]
     with serving([str(work / name), *arguments]) as served:
         found = completions(served.url)
+        turns = [turn(served.url, p, b) for p, a, b in zip(PROMPTS, found, expected, strict=True) if a != b]
         load = under_load(served.url)
         health = httpx.get(f"{served.url}/health").json()
     return {
         "texts": len(found),
         "texts_equal": sum(a == b for a, b in zip(found, expected, strict=True)),
         "first_difference": next(([a, b] for a, b in zip(found, expected, strict=True) if a != b), None),
+        "turns": turns,
         "health": health,
         **load,
         "exit_code": served.process.returncode,
     }
+
+
+def turn(url: str, prompt: str, expected: str) -> Figures:
+    """Where the text leaves the one that was expected: the token, and the two most likely ones with their logprobs."""
+    found, text = completion(url, prompt, logprobs=2)["logprobs"], ""
+    for token, likely in zip(found["tokens"], found["top_logprobs"], strict=True):
+        if not expected.startswith(text + token):
+            return {"token": token, "logprobs": likely}
+        text += token
+    return {}
 
 
 def under_load(url: str) -> Figures:

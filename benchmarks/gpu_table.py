@@ -17,7 +17,7 @@ from benchmarks.readme import block, replace_block
 
 BLOCK = "gpu"  # of the README
 SHAPES = {"afm-4.5b": "AFM-4.5B, ReLU²", "llama-7b": "Llama-7B, ReGLU"}
-RESIDENCIES = (10, 20, 40, 100)
+RESIDENCIES = (0, 10, 20, 40, 100)
 
 
 def table(data: Figures) -> str:

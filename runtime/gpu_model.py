@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,9 @@ class GpuLayer:
         )
 
 
+Graphs = list[tuple[Callable[[], None], Wanted | None]]  # replays of a step, and what the host then sees to
+
+
 class _Bucket:
     """The fixed tensors of a decode step of up to B rows, and its graph."""
 
@@ -63,7 +67,7 @@ class _Bucket:
         self.inputs = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, device=device)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.answer = torch.empty(rows, vocab_size, dtype=torch.float32, pin_memory=pin)
-        self.graphs: list[tuple[Callable[[], None], Wanted | None]] = []  # replays, and what the host then sees to
+        self.graphs: dict[bool, Graphs] = {}  # by whether the slots are ranked again
 
 
 class GpuModel:
@@ -86,6 +90,7 @@ class GpuModel:
         self._buckets: dict[int, _Bucket] = {}
         self._steps: Counter[str] = Counter(sparse=0, dense=0, prefill=0)
         self._rows = 0
+        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._splits = Splits.make(self._sizes[-1], config.num_attention_heads, config.head_dim, self._device)
 
     def counters(self) -> ModelCounters:
@@ -157,12 +162,13 @@ class GpuModel:
     def _run(self, bucket: _Bucket, kv: KVCache, check: Callable[[], None]) -> None:
         """bucket.logits of bucket.inputs, by its graphs where there are some."""
         check()
-        for wanted in self._step(bucket, kv) if not bucket.graphs else self._replayed(bucket):
+        due = self._ffn.slots.due
+        for wanted in self._step(bucket, kv, due) if not bucket.graphs else self._replayed(bucket.graphs[due]):
             check()
             self._ffn.visit(wanted)
 
-    def _replayed(self, bucket: _Bucket) -> Iterator[Wanted]:
-        for replay, wanted in bucket.graphs:
+    def _replayed(self, graphs: Graphs) -> Iterator[Wanted]:
+        for replay, wanted in graphs:
             replay()
             if wanted is not None:
                 yield wanted
@@ -180,18 +186,25 @@ class GpuModel:
         bucket = _Bucket(rows, width, self.config.vocab_size, self._device)
         bucket.inputs[:, 2] = -1  # padding alone: nothing is written while it is captured
         if self._device.type == "cuda":
-            bucket.graphs = self._captured(bucket, kv)
+            self._warm(bucket, kv)
+            pool = torch.cuda.graph_pool_handle()
+            for due in (False, True) if self._ffn.slots.ranks else (False,):
+                bucket.graphs[due] = self._captured(bucket, kv, due, pool)
         self._buckets[rows] = bucket
         return bucket
 
-    def _captured(self, bucket: _Bucket, kv: KVCache) -> list[tuple[Callable[[], None], Wanted | None]]:
+    def _warm(self, bucket: _Bucket, kv: KVCache) -> None:
+        """Compiles, and makes the libraries' workspaces."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            list(self._step(bucket, kv))  # compiles, and makes the libraries' workspaces
+            list(self._step(bucket, kv, False))
+            if self._ffn.slots.ranks:
+                self._ffn.slots.rank(0, decay=1.0)
         torch.cuda.current_stream().wait_stream(stream)
-        step, pool = self._step(bucket, kv), torch.cuda.graph_pool_handle()
-        graphs: list[tuple[Callable[[], None], Wanted | None]] = []
+
+    def _captured(self, bucket: _Bucket, kv: KVCache, due: bool, pool: Any) -> Graphs:
+        step, graphs = self._step(bucket, kv, due), Graphs()
         while not graphs or graphs[-1][1] is not None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -199,8 +212,9 @@ class GpuModel:
             graphs.append((graph.replay, wanted))
         return graphs
 
-    def _step(self, bucket: _Bucket, kv: KVCache) -> Iterator[Wanted]:
-        """bucket.logits of bucket.inputs; hands out what the host has to see to before it goes on."""
+    def _step(self, bucket: _Bucket, kv: KVCache, due: bool) -> Iterator[Wanted]:
+        """bucket.logits of bucket.inputs; hands out what the host has to see to before it goes on. due: each layer's
+        slots are ranked again, beside the layers after it, which leave the link idle half the time."""
         tokens, positions, slots, live = bucket.inputs[:, :_FIELDS].T.contiguous()
         tables = bucket.inputs[:, _FIELDS:].contiguous()
         x = self._embed[tokens].float()
@@ -210,10 +224,22 @@ class GpuModel:
             if self._ffn.visited:
                 yield wanted
             self._ffn.answer(wanted)
+            if due:
+                self._rank(layer)
         if bucket.rows <= MOST_ROWS:
             matvec(x, self._head, bucket.logits, self._norm, self.config.rms_norm_eps)
         else:
             bucket.logits.copy_(self._logits(x))
+        if due and self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+
+    def _rank(self, layer: int) -> None:
+        if self._beside is None:
+            self._ffn.slots.rank(layer)
+            return
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
+            self._ffn.slots.rank(layer)
 
     def _attended(
         self,

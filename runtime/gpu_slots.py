@@ -1,8 +1,8 @@
 """Which neurons are in GPU memory: slab, slot table and counters, all on the device, and the ranking that moves them.
 
 Which neurons have a slot decides where bytes come from and nothing else. The hot set starts from the profile and is
-ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), between two steps, by the
-device alone; over a home on disk it stays as it is.
+ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), each layer once a step is
+done with it, by the device alone; over a home on disk it stays as it is.
 Shapes: L layers, F neurons, S slots.
 """
 
@@ -55,13 +55,13 @@ class GpuSlots:
         pin = device.type == "cuda"
         self._seen = torch.zeros(NUM_COUNTERS, dtype=torch.int64, pin_memory=pin)
         self._wanted = torch.tensor(self.slots_per_layer, dtype=torch.int32, device=device)
-        self._moves = torch.zeros(1 + 2 * num_neurons, num_layers, dtype=torch.int32, device=device)
+        self._moves = torch.zeros(num_layers, 1 + 2 * num_neurons, 1, dtype=torch.int32, device=device)
         prior = torch.from_numpy(np.array(frequency, np.float32))  # a copy: it is changed
         for layer, num in enumerate(pinned):
             prior[layer, :num] = torch.inf
         self._score = (prior * _PRIOR_STEPS).to(device)
         self.interval = RERANK_STEPS
-        self._fixed = sum(self.slots_per_layer) in (0, num_layers * num_neurons)
+        self.ranks = home.words is not None and 0 < sum(self.slots_per_layer) < num_layers * num_neurons
         self._steps = 0
         self.copied_bytes = 0  # of layers that were copied whole
         self._fill()
@@ -87,21 +87,31 @@ class GpuSlots:
         return [int(n) for n in self._seen.tolist()]
 
     def stepped(self) -> None:
-        """After each decode step; every few steps the hot set is ranked again."""
+        """After each decode step."""
         self.note()
         self._steps += 1
-        if self._steps % self.interval == 0 and not self._fixed:
-            self.rerank()
+
+    @property
+    def due(self) -> bool:
+        """Whether the hot set is to be ranked again in the step that comes next."""
+        return self.ranks and (self._steps + 1) % self.interval == 0
+
+    def rank(self, layer: int, decay: float | None = None) -> None:
+        """A layer's neurons most wanted of late take the slots of those least wanted. Nobody may read them meanwhile.
+        decay: of scores; 1 where nothing was wanted since they were ranked."""
+        words, own, num = self.home.words, slice(layer, layer + 1), self.table.shape[1]
+        if words is None:
+            raise RuntimeError("slots over a home on disk stay as they are")
+        rerank(
+            self._score[own], self.used[own], self.table[own], self._wanted[own],
+            words[layer * num : (layer + 1) * num], self.slab.view(torch.int32), self._moves[layer],
+            self.counters[SWAPPED : SWAPPED + 1], _DECAY**self.interval if decay is None else decay, FAVOUR,
+        )  # fmt: skip
 
     def rerank(self) -> None:
-        """Neurons most wanted of late take the slots of those least wanted, layer by layer."""
-        swapped, words = self.counters[SWAPPED : SWAPPED + 1], self.home.words
-        if words is None:
-            return
-        rerank(
-            self._score, self.used, self.table, self._wanted, words, self.slab.view(torch.int32), self._moves, swapped,
-            _DECAY**self.interval, FAVOUR,
-        )  # fmt: skip
+        """All layers."""
+        for layer in range(self.table.shape[0]):
+            self.rank(layer)
 
     def _fill(self) -> None:
         chosen = self._best().nonzero()

@@ -130,26 +130,27 @@ def test_a_whole_layer_needs_no_mask() -> None:
     assert counters.tolist()[:2] == [NEURONS, 30]
 
 
+@pytest.mark.parametrize("hidden", [HIDDEN, 720])  # codes of 11 bytes, and of 153: a tile and a quarter of one
 @pytest.mark.parametrize("num_pinned", [0, 20])
 @pytest.mark.parametrize("act", ["relu2", "silu"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_plane_masks(gated: bool, act: str, num_pinned: int) -> None:
+def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int) -> None:
     rng = np.random.default_rng(2)
 
     def weight() -> np.ndarray:
-        return rng.standard_normal((70, HIDDEN)).astype(np.float32)
+        return (rng.standard_normal((70, hidden)) * (HIDDEN / hidden) ** 0.5).astype(np.float32)
 
-    statistics = InputStatistics.of(rng.standard_normal((300, HIDDEN)).astype(np.float32) + 0.2)
+    statistics = InputStatistics.of(rng.standard_normal((300, hidden)).astype(np.float32) + 0.2)
     whole = make_plane_sketch(act, weight() if gated else None, weight(), weight(), statistics, 1.69)
     sketch = whole.without(np.arange(70) < num_pinned) if num_pinned else whole
-    x, norm = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, HIDDEN), HIDDEN))
+    x, norm = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, hidden), hidden))
     normed = rms_norm(x, norm, 1e-5)
     wanted = np.empty((4, 70 - num_pinned), np.float32)
     ReferenceKernels().plane_scores(normed.numpy(), sketch, wanted)
     mask, scores = (torch.full((4, 70), 7, dtype=torch.uint8, device=DEVICE), put(np.empty_like(wanted)))
     ordered = np.sort(wanted.ravel())
     threshold = float(ordered[140] + ordered[141]) / 2
-    there, h = DeviceSketch(sketch, DEVICE), torch.empty(4, HIDDEN, device=DEVICE)
+    there, h = DeviceSketch(sketch, DEVICE), torch.empty(4, hidden, device=DEVICE)
     digits = Digits.make(4, there.width, DEVICE)
     plane_masks(x.to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, digits, h, mask, scores)
     torch.testing.assert_close(h.cpu(), normed, rtol=1e-5, atol=1e-6)

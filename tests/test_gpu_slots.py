@@ -57,7 +57,10 @@ def test_what_is_wanted_moves_in_and_what_is_pinned_stays() -> None:
     assert resident(slots) == [[0, 1, 2, 3], [0, 1, 2]]
     slots.used[0, [6, 9]] = 40
     slots.used[1, 11] = 40
-    for _ in range(slots.interval):
+    for step in range(slots.interval):
+        assert slots.due == (step == slots.interval - 1)
+        if slots.due:
+            slots.rerank()
         slots.stepped()
     assert resident(slots) == [[0, 1, 6, 9], [0, 1, 11]]
     assert int(slots.counters[SWAPPED]) == 3 and not slots.used.any()

@@ -137,6 +137,8 @@ def _digits(  # type: ignore[no-untyped-def]
     source, factor = tl.load(dimension + at, mask=inside, other=0), tl.load(coefficient + at, mask=inside, other=0.0)
     weight, most = tl.load(norm + column, mask=there, other=0.0), tl.load(largest + column, mask=there, other=0.0)
     factor *= tl.load(norm + source, mask=inside, other=0.0)
+    alone = there & (tl.program_id(0) == 0)
+    sum1, sum2 = tl.load(whole1 + column, mask=alone, other=0.0), tl.load(whole2 + column, mask=alone, other=0.0)
     after_others(CHAINED)
     z = tl.load(x + row * D + source, mask=inside, other=0.0) * factor
     xs = tl.load(x + row * D + column, mask=there, other=0.0)
@@ -146,8 +148,8 @@ def _digits(  # type: ignore[no-untyped-def]
     if tl.program_id(0) == 0:
         tl.store(h + row * D + column, xs * scale, mask=there)
         tl.store(facts + row * 3, unit * scale)
-        tl.store(facts + row * 3 + 1, scale * tl.sum(xs * tl.load(whole1 + column, mask=there, other=0.0), 0))
-        tl.store(facts + row * 3 + 2, scale * tl.sum(xs * tl.load(whole2 + column, mask=there, other=0.0), 0))
+        tl.store(facts + row * 3 + 1, scale * tl.sum(xs * sum1, 0))
+        tl.store(facts + row * 3 + 2, scale * tl.sum(xs * sum2, 0))
     number = (z / unit).to(tl.int32)
     low = ((number + 128) & 255) - 128
     number = (number - low) >> 8
@@ -160,9 +162,9 @@ def _digits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _codes(codes, ids, there, i: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The i-th C bytes of neurons' codes [N, C]."""
-    place = i * C + tl.arange(0, C)
+def _codes(codes, ids, there, start: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """C bytes of neurons' codes [N, C]."""
+    place = start + tl.arange(0, C)
     at = codes + ids.to(tl.int64)[:, None] * R + place[None, :]
     return tl.load(at, mask=there[:, None] & (place < R)[None, :], other=0)
 
@@ -172,14 +174,14 @@ def _first_codes(codes, ids, there, R: tl.constexpr, C: tl.constexpr, NUM: tl.co
     """The first NUM of them."""
     tiles = ()
     for i in tl.static_range(NUM):
-        tiles += (_codes(codes, ids, there, i, R, C),)  # type: ignore[assignment]
+        tiles += (_codes(codes, ids, there, i * C, R, C),)  # type: ignore[assignment]
     return tiles
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _of_bits(digits, i: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The digits [C, 16] of each of the eight bits of the i-th C bytes."""
-    place, column, found = i * C + tl.arange(0, C), tl.arange(0, 16), ()
+def _of_bits(digits, start: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The digits [C, 16] of each of the eight bits of C bytes."""
+    place, column, found = start + tl.arange(0, C), tl.arange(0, 16), ()
     inside = (place < R)[:, None] & (column < 16)[None, :]
     for bit in tl.static_range(8):
         at = (bit * 16 + column[None, :]) * WIDTH + place[:, None]
@@ -201,18 +203,24 @@ def _bit_of(byte, BIT: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-u
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiplied(  # type: ignore[no-untyped-def]
     tiles, codes, ids, there, digits, R: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    T: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr,
+    T: tl.constexpr, REST: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """int32 [N, 16]: of each neuron, the sums of digits where its bits are set; digits [8, 16, WIDTH]: its matrix's;
-    tiles: the first AHEAD of the codes. While a tile is multiplied, the next one's digits are under way."""
+    tiles: the first AHEAD of the codes, of T, with REST bytes after them. While a tile is multiplied, the next one's
+    digits are under way."""
     sums, of_bits = tl.zeros([N, 16], tl.int32), _of_bits(digits, 0, R, WIDTH, C)
     for i in tl.static_range(T):
         if i + 1 < T:
-            of_bits += _of_bits(digits, i + 1, R, WIDTH, C)
+            of_bits += _of_bits(digits, (i + 1) * C, R, WIDTH, C)
+        elif REST > 0:
+            rest, of_rest = _codes(codes, ids, there, T * C, R, REST), _of_bits(digits, T * C, R, WIDTH, REST)
         if i + AHEAD < T:
-            tiles += (_codes(codes, ids, there, i + AHEAD, R, C),)
+            tiles += (_codes(codes, ids, there, (i + AHEAD) * C, R, C),)
         for bit in tl.static_range(8):
             sums = tl.dot(_bit_of(tiles[i], bit, PACKED), of_bits[8 * i + bit], sums, out_dtype=tl.int32)
+    if REST > 0:
+        for bit in tl.static_range(8):
+            sums = tl.dot(_bit_of(rest, bit, PACKED), of_rest[bit], sums, out_dtype=tl.int32)
     return sums
 
 
@@ -235,9 +243,9 @@ def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 def _masks(  # type: ignore[no-untyped-def]
     digits, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
     gate_noise, up_noise, num, first, num_neurons, rows, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
-    WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, GATE_T: tl.constexpr, UP_T: tl.constexpr,
-    ROWS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCORED: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, C: tl.constexpr, GATE_T: tl.constexpr, GATE_REST: tl.constexpr,
+    UP_T: tl.constexpr, UP_REST: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    SCORED: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     ids, group = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     there = ids < num
@@ -258,12 +266,12 @@ def _masks(  # type: ignore[no-untyped-def]
     after_others(CHAINED)
     own = digits + group * 128 * WIDTH
     up_sums = _multiplied(
-        up_tiles, up_codes, ids, there, own + WIDTH - up_bytes, up_bytes, WIDTH, N, C, UP_T, up_ahead, PACKED
+        up_tiles, up_codes, ids, there, own + WIDTH - up_bytes, up_bytes, WIDTH, N, C, UP_T, UP_REST, up_ahead, PACKED
     )
     if GATED:
         gate_tiles = _first_codes(gate_codes, ids, there, gate_bytes, C, gate_ahead)
         gate_sums = _multiplied(
-            gate_tiles, gate_codes, ids, there, own, gate_bytes, WIDTH, N, C, GATE_T, gate_ahead, PACKED
+            gate_tiles, gate_codes, ids, there, own, gate_bytes, WIDTH, N, C, GATE_T, GATE_REST, gate_ahead, PACKED
         )
     for i in tl.static_range(ROWS):
         row = group * 4 + i
@@ -309,11 +317,20 @@ def plane_masks(
         scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, **chained(x),
     )  # fmt: skip
     sizes = first.codes.shape[1], up.codes.shape[1]
+    (gate_tiles, gate_rest), (up_tiles, up_rest) = (_tiles(size) for size in sizes)
     _masks[(triton.cdiv(num, _NEURONS), triton.cdiv(rows, _ROWS))](
         scratch.digits, scratch.facts, first.codes, first.scale, first.bias, up.codes, up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
         threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, *sizes, WIDTH=width, N=_NEURONS,
-        C=_BYTES, GATE_T=triton.cdiv(sizes[0], _BYTES), UP_T=triton.cdiv(sizes[1], _BYTES), ROWS=min(rows, _ROWS),
+        C=_BYTES, GATE_T=gate_tiles, GATE_REST=gate_rest, UP_T=up_tiles, UP_REST=up_rest, ROWS=min(rows, _ROWS),
         ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None, PACKED=compiled(),
         AHEAD=_AHEAD, **chained(x),
     )  # fmt: skip
+
+
+def _tiles(num_bytes: int) -> tuple[int, int]:
+    """Whole tiles of a row of codes, and bytes of a small one after them: half of one, or a quarter."""
+    tiles, rest = divmod(num_bytes, _BYTES)
+    if tiles == 0 or rest > _BYTES // 2:
+        return tiles + 1, 0
+    return tiles, 0 if rest == 0 else max(_BYTES // 4, triton.next_power_of_2(rest))

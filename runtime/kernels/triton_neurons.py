@@ -21,9 +21,10 @@ from runtime.kernels.triton_act import ACTS, activated
 from runtime.kernels.triton_launch import after_others, chained
 
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
-_SUMS, _SUMS_FEW = 128, 256  # programs that sum the output, each its share of the neurons apart; of at most _FEW rows
-_FEW = 2
-_FACTOR_PROGRAMS, _FACTOR_PROGRAMS_ALONE = 1056, 2112  # eight a processor of an H100; of one neuron at a time
+_SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the neurons; of these, added up at once
+_FEW, _LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
+_PROGRAMS, _WARPS = 396, 4  # of these, three a processor of an H100
+_FACTOR_PROGRAMS = 1056
 _LISTED, _PAST = 512, 32768  # neurons of a program that lists, and of those before that it counts at once
 _FETCHED = 16384  # weights of records that a program has under way, at most
 _TILES = (1024, 512, 256)  # of a vector at once
@@ -74,7 +75,7 @@ class Scratch:
 
 def sums(rows: int) -> int:
     """P B, at most, of up to so many rows."""
-    return max(_SUMS * rows, _SUMS_FEW * min(rows, _FEW))
+    return max(_SUMS * rows, _PROGRAMS * min(rows, _FEW))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -86,23 +87,22 @@ def _list(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(table + place, mask=place < NUM, other=-1)
+    uses = tl.load(used + place, mask=place < NUM, other=0)
+    alive = tl.load(live + tl.arange(0, B)) != 0  # who is padding is known from before the step
     after_others(CHAINED)
-    before, predicted = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
+    row = tl.arange(0, B)[:, None]
+    own = tl.load(mask + row * NUM + place[None, :], mask=alive[:, None] & (place < NUM)[None, :], other=0).to(tl.int32)
+    before = tl.zeros([], tl.int32)
     at = block * 0
     while at < block * BLOCK:
         earlier = at + tl.arange(0, PAST)
         taken = tl.zeros([PAST], tl.int32)
-        for row in tl.static_range(B):
-            there = (earlier < block * BLOCK) & (tl.load(live + row) != 0)
-            taken |= tl.load(mask + row * NUM + earlier, mask=there, other=0).to(tl.int32)
+        for other in tl.static_range(B):
+            there = (earlier < block * BLOCK) & (tl.load(live + other) != 0)
+            taken |= tl.load(mask + other * NUM + earlier, mask=there, other=0).to(tl.int32)
         before += tl.sum(taken)
         at += PAST
-    taken = tl.zeros([BLOCK], tl.int32)
-    for row in tl.static_range(B):
-        there = (place < NUM) & (tl.load(live + row) != 0)
-        own = tl.load(mask + row * NUM + place, mask=there, other=0).to(tl.int32)
-        taken |= own
-        predicted += tl.sum(own).to(tl.int64)
+    taken, predicted = tl.max(own, 0), tl.sum(tl.sum(own, 1), 0).to(tl.int64)
     k = before + tl.cumsum(taken, 0) - taken
     if INDIRECT:
         elsewhere = tl.load(where + place, mask=(taken > 0) & (slot < 0), other=0)
@@ -111,7 +111,7 @@ def _list(  # type: ignore[no-untyped-def]
     wide = tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, elsewhere)
     tl.store(ids + k, place, mask=taken > 0)
     tl.store(places + k, wide, mask=taken > 0)
-    tl.store(used + place, tl.load(used + place, mask=taken > 0, other=0) + 1, mask=taken > 0)
+    tl.store(used + place, uses + 1, mask=taken > 0)
     resident = (slot >= 0) & (taken > 0)
     tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64))
     tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64))
@@ -203,6 +203,8 @@ def _factors(  # type: ignore[no-untyped-def]
             hits += tl.sum(((place < home) | (place >= home + NUM * stride)).to(tl.int64) * there, 0)
         if GATED:
             gate_tiles = _fetched(place, there, GATE_AT, D, W, AHEAD_T, TYPE, ALIGN)
+        if COUNTED:
+            least = tl.load(active_at + neuron, mask=there, other=0.0)
         up = _dots(tiles, place, there, x, row, UP_AT, D, N, B, W, T, AHEAD_T, TYPE, ALIGN)
         if SCALED:
             up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
@@ -214,12 +216,11 @@ def _factors(  # type: ignore[no-untyped-def]
         z = activated(z, ACT)
         value = tl.where(z == 0, 0.0, z * up) if GATED else z
         own = there[:, None] & alive[None, :]
-        if LISTED:
+        if LISTED and B > 1:  # one row alone wants all that is listed
             own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
         value = tl.where(own, value, 0.0)
         tl.store(h + row[None, :] * NUM + k[:, None], value, mask=there[:, None])
         if COUNTED:
-            least = tl.load(active_at + neuron, mask=there, other=0.0)
             reached = (tl.abs(value) >= least[:, None]) & (value != 0)
             active += tl.sum(tl.sum(reached.to(tl.int32), 1), 0).to(tl.int64)
         first += tl.num_programs(0) * N
@@ -282,15 +283,89 @@ def _down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _neurons(  # type: ignore[no-untyped-def]
+    x, ids, places, count, mask, live, active_at, partial, counters, slab, slab_end, NUM: tl.constexpr,
+    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, DOWN_AT: tl.constexpr, GATE_SCALE: tl.constexpr,
+    UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr,
+    COUNTED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """`_factors` and `_down` of few rows in one: a program's neurons one after the other, each from its one end to the
+    other; the next one's gate and up are on their way while down is. partial[program, row]."""
+    row = tl.arange(0, B)
+    alive = tl.load(live + row) != 0
+    first = tl.program_id(0)
+    k = first + tl.arange(0, 1)
+    after_others(CHAINED)
+    total = tl.load(count)
+    active, misses, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    neuron, place = tl.load(ids + k, mask=k < NUM, other=0), tl.load(places + k, mask=k < NUM, other=0)
+    ups, gates, sums = _fetched(place, k < total, UP_AT, D, W, T, TYPE, ALIGN), (), ()
+    if GATED:
+        gates = _fetched(place, k < total, GATE_AT, D, W, T, TYPE, ALIGN)
+    for _ in tl.static_range(T):
+        sums += (tl.zeros([B, W], tl.float32),)  # type: ignore[assignment]
+    while first < total:
+        there = k < total
+        first += tl.num_programs(0)
+        k = first + tl.arange(0, 1)
+        following, after = tl.load(ids + k, mask=k < NUM, other=0), tl.load(places + k, mask=k < NUM, other=0)
+        own = there[:, None] & alive[None, :]
+        if B > 1:  # one row alone wants all that is listed
+            own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
+        if COUNTED:
+            least = tl.load(active_at + neuron, mask=there, other=0.0)
+        up = _dots(ups, place, there, x, row, UP_AT, D, 1, B, W, T, T, TYPE, ALIGN)
+        if SCALED:
+            up *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
+        z = up
+        if GATED:
+            z = _dots(gates, place, there, x, row, GATE_AT, D, 1, B, W, T, T, TYPE, ALIGN)
+            if SCALED:
+                z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
+        z = activated(z, ACT)
+        value = tl.where(own, tl.where(z == 0, 0.0, z * up) if GATED else z, 0.0)  # [1, B]
+        wanted = tl.max((value != 0).to(tl.int32), 1) != 0
+        downs = _fetched(place, wanted, DOWN_AT, D, W, T, TYPE, ALIGN)
+        ups = _fetched(after, k < total, UP_AT, D, W, T, TYPE, ALIGN)
+        if GATED:
+            gates = _fetched(after, k < total, GATE_AT, D, W, T, TYPE, ALIGN)
+        if COUNTED:
+            active += tl.sum(tl.sum(((tl.abs(value) >= least[:, None]) & (value != 0)).to(tl.int32), 1), 0).to(tl.int64)
+        resident = wanted & (place >= slab) & (place < slab_end)
+        hits += tl.sum(resident.to(tl.int64), 0)
+        misses += tl.sum((wanted & (resident == 0)).to(tl.int64), 0)
+        factor = value
+        if SCALED:
+            factor *= tl.load((place + DOWN_SCALE).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)[:, None]
+        factor = tl.reshape(factor, [B, 1])
+        more = ()
+        for i in tl.static_range(T):
+            more += (sums[i] + factor * downs[i].to(tl.float32),)  # type: ignore[assignment]
+        sums = more
+        neuron, place = following, after
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        at = partial + (tl.program_id(0) * B + row[:, None]) * D + column[None, :]
+        tl.store(at, sums[i], mask=(column < D)[None, :] & (row >= 0)[:, None])
+    tl.atomic_add(counters + 2, misses)
+    tl.atomic_add(counters + 3, hits)
+    if COUNTED:
+        tl.atomic_add(counters + 4, active)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out [B D] += the sum of partial [P, B D] over programs, in one order; N at least P."""
+    """out [B D] += the sum of partial [P, B D] over programs, in one order, N of them at a time."""
     place, program = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, N)
     inside = place < size
-    both = (program < P)[:, None] & inside[None, :]
     before = tl.load(out + place, mask=inside, other=0.0)
     after_others(CHAINED)
-    parts = tl.load(partial + program[:, None] * size + place[None, :], mask=both, other=0.0)
-    tl.store(out + place, before + tl.sum(parts, 0), mask=inside)
+    sums = tl.zeros([N, W], tl.float32)
+    for first in tl.static_range(0, P, N):
+        both = (first + program < P)[:, None] & inside[None, :]
+        sums += tl.load(partial + (first + program)[:, None] * size + place[None, :], mask=both, other=0.0)
+    tl.store(out + place, before + tl.sum(sums, 0), mask=inside)
 
 
 def add_ffn(
@@ -329,8 +404,19 @@ def add_ffn(
             records.table if records.where is None else records.where, stride, NUM=num, B=rows, BLOCK=_LISTED,
             PAST=past, INDIRECT=records.where is not None, num_warps=8, **chained(x),
         )  # fmt: skip
-    t = _tiling(rows, hidden, layout.gated, records.resident or mask is None)
-    _factors[((_FACTOR_PROGRAMS_ALONE if t.factors == 1 else _FACTOR_PROGRAMS) if cuda else 3,)](
+    if mask is not None and rows <= _FEW and hidden <= _LONGEST and not records.resident:
+        programs, wide = _PROGRAMS if cuda else 3, _wide(rows, hidden)
+        _neurons[(programs,)](
+            x, scratch.ids, scratch.places, scratch.count, mask, live, scratch.h if active_at is None else active_at,
+            scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num, GATE_AT=at.get("gate", 0),
+            UP_AT=at["up"], DOWN_AT=at["down"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
+            DOWN_SCALE=scale["down"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, W=wide,
+            T=triton.cdiv(hidden, wide), COUNTED=active_at is not None, num_warps=_WARPS, **kind, **chained(x),
+        )  # fmt: skip
+        _sum(scratch.partial, out, programs)
+        return
+    t = _tiling(rows, hidden, layout.gated)
+    _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
         x, scratch.ids, scratch.places, scratch.count, masks, live, records.table,
         scratch.h if active_at is None else active_at, scratch.h, counters, slab, home, stride, NUM=num,
         GATE_AT=at.get("gate", 0), UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
@@ -339,38 +425,42 @@ def add_ffn(
         AHEAD_T=triton.cdiv(hidden, t.wide) if rows <= 4 else 0, num_warps=t.warps, **kind,
         **chained(x),
     )  # fmt: skip
-    programs, size = t.programs if cuda else 3, rows * hidden
+    programs = _SUMS if cuda else 3
     _down[(programs, triton.cdiv(hidden, t.down_wide))](
         scratch.h, scratch.places, scratch.count, scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num,
         DOWN_AT=at["down"], DOWN_SCALE=scale["down"], B=rows, D=hidden, N=t.down, W=t.down_wide,
         num_warps=8 if t.down_wide > 1024 else 4, **kind, **chained(x),
     )  # fmt: skip
-    _reduce[(triton.cdiv(size, 32),)](
-        scratch.partial, out, size, P=programs, N=triton.next_power_of_2(programs), W=32, **chained(x)
+    _sum(scratch.partial, out, programs)
+
+
+def _sum(partial: torch.Tensor, out: torch.Tensor, programs: int) -> None:
+    """out [B, D] += what each program has."""
+    at_once = min(_SUMMED, triton.next_power_of_2(programs))
+    _reduce[(triton.cdiv(out.numel(), 32),)](
+        partial, out, out.numel(), P=programs, N=at_once, W=32, num_warps=8, **chained(out)
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiling:
-    """Neurons whose gate and up are under way at once, and columns of these, for so many warps; the same of down, and
-    programs that sum."""
+    """Neurons whose gate and up are under way at once, and columns of these, for so many warps; the same of down."""
 
     factors: int
     wide: int
     warps: int
     down: int
     down_wide: int
-    programs: int
 
 
-def _tiling(rows: int, hidden: int, gated: bool, resident: bool) -> _Tiling:
-    """Measured (benchmarks/LOG.md): over the link a program reads a record from its one end to the other, since pieces
-    of several in turn cost a seventh of the bandwidth; in GPU memory several at once are faster."""
+def _wide(rows: int, hidden: int) -> int:
+    """Columns at once."""
     sizes = [w for w in _TILES if w <= 512 or rows <= 4]
-    wide = min(sizes, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
-    if rows <= _FEW and not resident and hidden <= 4096:
-        return _Tiling(1, wide, 2, 8 // rows, triton.next_power_of_2(hidden), _SUMS_FEW)
-    together = 4
+    return min(sizes, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
+
+
+def _tiling(rows: int, hidden: int, gated: bool) -> _Tiling:
+    wide, together = _wide(rows, hidden), 4
     while together > 1 and together * hidden * (2 if gated else 1) * rows > _FETCHED:
         together //= 2
-    return _Tiling(together, wide, 4, max(1, 16 // rows), min(512, wide), _SUMS)
+    return _Tiling(together, wide, 4, max(1, 16 // rows), min(512, wide))

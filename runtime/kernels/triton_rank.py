@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton_launch import after_others, chained
-
 _COPYING = 128  # programs of a layer that copy
 _BLOCK = 4096  # words at once, at most
 
@@ -18,13 +16,11 @@ _BLOCK = 4096  # words at once, at most
 @triton.jit  # type: ignore[untyped-decorator]
 def _rank(  # type: ignore[no-untyped-def]
     score, used, table, wanted, neurons, slots, moves, swapped, decay, favour, NUM: tl.constexpr, WIDE: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One layer. The lowest score that still gets a slot is found bit by bit: scores are not negative, so that their
     bits order them; of equals the first ones stay."""
     layer, id = tl.program_id(0), tl.arange(0, WIDE)
     inside, at = id < NUM, layer * NUM + id
-    after_others(CHAINED)
     new = tl.load(score + at, mask=inside, other=0.0) * decay + tl.load(used + at, mask=inside, other=0).to(tl.float32)
     tl.store(score + at, new, mask=inside)
     tl.store(used + at, tl.zeros([WIDE], tl.int32), mask=inside)
@@ -50,11 +46,9 @@ def _rank(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     home, slab, table, neurons, slots, moves, NUM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Records of a layer's newcomers into the slots that became free."""
     layer, i = tl.program_id(0), tl.program_id(1)
-    after_others(CHAINED)
     num = tl.load(moves + layer)
     while i < num:
         neuron, slot = tl.load(neurons + layer * NUM + i), tl.load(slots + layer * NUM + i)
@@ -89,7 +83,7 @@ def rerank(
     count, lists = moves[0], moves[1:].view(2, -1)
     _rank[(layers,)](
         score, used, table, wanted, lists[0], lists[1], count, swapped, decay, favour, NUM=num,
-        WIDE=triton.next_power_of_2(num), num_warps=32 if num > 4096 else 4, **chained(score),
+        WIDE=triton.next_power_of_2(num), num_warps=32 if num > 4096 else 4,
     )  # fmt: skip
     _move[(layers, _COPYING)](
         home,
@@ -101,5 +95,4 @@ def rerank(
         NUM=num,
         WORDS=words,
         BLOCK=min(_BLOCK, triton.next_power_of_2(words)),
-        **chained(score),
     )
