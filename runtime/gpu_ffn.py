@@ -1,4 +1,5 @@
-"""The FFN of a GPU host: rows by the kernels that read slots or home, prompts by layers that are copied whole.
+"""The FFN of a GPU host: rows by the kernels that read slots or home, prompts by layers that are copied whole, unless
+they lie in slots whole.
 
 `decode` is what a CUDA graph captures: no allocation that matters, no word with the host. Semantics are those of
 `runtime.ffn`: a row's neurons depend on its input, the model, the settings and the pinned set.
@@ -130,7 +131,8 @@ class GpuFFN:
         cuda = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._copied, self._free = ([torch.cuda.Event() for _ in range(2)] if cuda else [] for _ in range(2))  # type: ignore[no-untyped-call]
-        self._begun = 0  # the first piece of all layers' that is not yet on its way
+        self._copied_layers = [i for i in range(slots.table.shape[0]) if slots.whole(i) is None]
+        self._begun = 0  # the first piece of all copied layers' that is not yet on its way
 
     def decode(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> None:
         """x fp32 [B, D] += FFN(x normed), row by row; live int64 [B]: zero for padding."""
@@ -163,7 +165,7 @@ class GpuFFN:
         """The GPU is done with a step."""
 
     def begin(self) -> None:
-        """Starts the first layer on its way for a prefill, in which all layers follow in their order."""
+        """Starts the first layer that is copied on its way for a prefill, in which all layers follow in their order."""
         self._begun = 0
         self._copy_ahead(0)
 
@@ -172,12 +174,17 @@ class GpuFFN:
         one is copied, the next layer's included. After `begin`, layer by layer."""
         outs = [torch.zeros_like(x) for x in xs]
         rows = [x.to(self._gemm_dtype) for x in xs]
+        if (whole := self.slots.whole(layer)) is not None:
+            for records in torch.split(whole, self._staging[0].shape[0]):
+                self._multiply(records, rows, outs)
+            return outs
         num = self._num_pieces()
-        for piece in range(layer * num, (layer + 1) * num):
+        first = self._copied_layers.index(layer) * num
+        for piece in range(first, first + num):
             self._copy_ahead(piece)
             self._multiply(self._arrived(piece), rows, outs)
             self._leave(piece)
-        self._copy_ahead((layer + 1) * num)
+        self._copy_ahead(first + num)
         return outs
 
     def _num_pieces(self) -> int:
@@ -187,12 +194,12 @@ class GpuFFN:
 
     def _piece(self, piece: int) -> torch.Tensor:
         """Its records in main memory."""
-        (layer, turn), size = divmod(piece, self._num_pieces()), self._staging[0].shape[0]
-        return self.slots.in_memory[layer, turn * size : (turn + 1) * size]
+        (place, turn), size = divmod(piece, self._num_pieces()), self._staging[0].shape[0]
+        return self.slots.in_memory[self._copied_layers[place], turn * size : (turn + 1) * size]
 
     def _copy_ahead(self, piece: int) -> None:
         """A piece and the one after it are on their way to the two buffers, as soon as these are free."""
-        last = self._num_pieces() * self.slots.table.shape[0]
+        last = self._num_pieces() * len(self._copied_layers)
         while self._begun < min(piece + 2, last):
             self._copy(self._begun)
             self._begun += 1

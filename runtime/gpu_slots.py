@@ -71,6 +71,12 @@ class GpuSlots:
         num, slots = self.table.shape[1], self.slots_per_layer[layer]
         return self.home.of_layer(layer, self.slab, self.table[layer], slots == num)
 
+    def whole(self, layer: int) -> torch.Tensor | None:
+        """The records of a layer whose neurons all have slots, uint8 [F, stride], in order: nobody takes one from
+        another there. None of other layers."""
+        first, num = sum(self.slots_per_layer[:layer]), self.table.shape[1]
+        return self.slab[first : first + num] if self.slots_per_layer[layer] == num else None
+
     @property
     def in_memory(self) -> torch.Tensor:
         """The records of all neurons, uint8 [L, F, stride]. RuntimeError where they are on disk."""

@@ -83,6 +83,10 @@ class TieredFFN(GpuFFN):
     def _pieces(self, layer: int, following: int | None) -> Iterator[tuple[int, torch.Tensor]]:
         """The layer on the device, piece by piece: (first neuron, records uint8 [n, stride]), good until the one after
         the next. Raises ReadError."""
+        if (whole := self.slots.whole(layer)) is not None:
+            size = self._staging[0].shape[0]
+            yield from ((i * size, records) for i, records in enumerate(torch.split(whole, size)))
+            return
         self.settle()
         arena, stride = torch.from_numpy(self._below.cache.arena), self._layout.stride
         with contextlib.closing(self._below.cache.stream(layer, following)) as chunks:
@@ -116,7 +120,7 @@ class TieredFFN(GpuFFN):
     def prefill(self, layer: int, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         outs = [torch.zeros_like(x) for x in xs]
         rows = [x.to(self._gemm_dtype) for x in xs]
-        following = layer + 1 if layer + 1 < self.slots.table.shape[0] else None
+        following = next((i for i in self._copied_layers if i > layer), None)
         for _, records in self._pieces(layer, following):
             self._multiply(records, rows, outs)
         return outs

@@ -121,6 +121,18 @@ def test_the_same_logits_and_greedy_text_as_on_the_cpu(packed: Path, mode: str, 
     loaded.close()
 
 
+@pytest.mark.parametrize("below", [None, 0.0], ids=["in memory", "on disk"])
+def test_prompts_take_nothing_that_the_gpu_has_whole(packed: Path, below: float | None) -> None:
+    loaded, cpu = cpu_side(packed, "dense", 100.0)
+    gpu = gpu_side(packed, "dense", 100.0, loaded, below)
+    ids = some_ids(PROMPT, 1)
+    a, b = (side.run("prefill", ids, 0, "last") for side in (cpu, gpu))
+    torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+    moved = gpu.slots.snapshot().transfers
+    assert moved["cpu", "gpu"].bytes == 0 and (below is None or moved["disk", "cpu"].bytes == 0)
+    loaded.close()
+
+
 @pytest.mark.parametrize("mode", ["dense", "exact", "sparse"] if CUDA else ["sparse"])
 def test_batches_chunks_and_scored_texts_while_slots_move(packed: Path, mode: str) -> None:
     loaded, cpu = cpu_side(packed, mode, 40.0)
