@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,28 @@ def _gate(m: Material, source: str) -> LayerPredictor:
 
 
 @torch.no_grad()
-def forward(checkpoint: Checkpoint, tokens: torch.Tensor) -> Iterator[tuple[FFNWeights, dict[str, torch.Tensor]]]:
-    """The dense pass over windows [S, T]: each layer's FFN and its inputs by source, [S, T, D]."""
+def forward(
+    checkpoint: Checkpoint, tokens: torch.Tensor, first: Sequence[np.ndarray] | None = None
+) -> Iterator[tuple[FFNWeights, dict[str, torch.Tensor]]]:
+    """The dense pass over windows [S, T]: each layer's FFN and its inputs by source, [S, T, D].
+
+    first: of each layer, neurons that are computed first; then there is a source `begun` too, `ahead` with what those
+    of the layer before have added.
+    """
     config = checkpoint.config
     hidden = checkpoint.load("model.embed_tokens.weight")[tokens].float()
     cos, sin = rope_tables(config, tokens.shape[1])
-    ahead = hidden
+    ahead = begun = hidden
     for i in range(config.num_hidden_layers):
         w = load_layer(checkpoint, i, torch.float32)
         middle = hidden + full_attention(config, w, hidden, cos, sin)
-        streams = {"input": middle, "residual": hidden, "ahead": ahead}
+        streams = {"input": middle, "residual": hidden, "ahead": ahead} | ({} if first is None else {"begun": begun})
         inputs = {k: rms_norm(v, w.post_attention_layernorm, config.rms_norm_eps) for k, v in streams.items()}
         ffn = load_ffn(checkpoint, i)
-        hidden, ahead = middle + _ffn(config, ffn)(inputs["input"]), middle
+        h = _ffn(config, ffn).neurons(inputs["input"])
+        hidden, ahead = middle + h @ ffn.down, middle
+        if first is not None:
+            begun = middle + h[..., first[i]] @ ffn.down[first[i]]
         yield ffn, inputs
 
 

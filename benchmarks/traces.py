@@ -147,6 +147,11 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
     return Trace(sets.pop("taken"), np.minimum(sparse.frequency, 1).astype(np.float32), sets)
 
 
+def wrong(guessed: np.ndarray, taken: np.ndarray) -> bool:
+    """Whether a layer's guesses are wrong more often than right, so that they are given up; bool [T, F]."""
+    return bool(2 * np.count_nonzero(guessed & taken) < np.count_nonzero(guessed))
+
+
 class Replay:
     """Sets of a trace for `num_layers` layers of `num_neurons`, hottest neuron first as in a packed model."""
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.disk_report import write_report
 from benchmarks.forced import POLICIES, decode
+from benchmarks.lookahead import show, table
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.make_packed import make_packed, random_records
 from benchmarks.packed_gguf import write_gguf
@@ -54,6 +55,20 @@ def test_what_lies_beside_a_trace_survives_and_is_replayed(tmp_path: Path) -> No
     facts, taken = replay.facts(0, TOKENS), np.stack([[replay.active(i, t) for t in range(TOKENS)] for i in (0, 1)])
     assert facts["reuse"] == pytest.approx(reuse(taken))
     assert facts["taken_share"] == pytest.approx(taken.mean()) == facts["active_share"]
+
+
+def test_the_table_of_guesses_counts_what_is_absent() -> None:
+    """Perfect guesses are all the misses and nothing in vain; those of another token are some of both."""
+    trace = make_trace()
+    sets = {"ahead 1": np.zeros_like(trace.bits), "begun 1": trace.bits, "residual 1": np.roll(trace.bits, 1, axis=1)}
+    options = argparse.Namespace(layers=2, neurons=2 * NEURONS, warm=5)
+    head, *rows = table(replace(trace, beside=sets), options, "4 GiB")
+    nothing, all_of_them, others = ({k: v for k, v in r.items() if k not in ("source", "margin")} for r in rows)
+    assert head["misses"] > 0
+    assert (nothing["covered"], nothing["in_vain"], nothing["requests"]) == (0, 0, 1)
+    assert (all_of_them["covered"], all_of_them["in_vain"], all_of_them["bytes"]) == (1, 0, 1)
+    assert 0 < others["covered"] < 1 and others["in_vain"] > 0 and others["bytes"] > 1
+    assert show([head, *rows]).count("\n") == 5
 
 
 def test_what_a_packed_model_takes_is_recorded(tiny_relu2: TinyModel, tmp_path: Path) -> None:
