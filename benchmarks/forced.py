@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.processors import cpu_seconds
-from benchmarks.traces import Replay, ReplayPredictor, Trace
+from benchmarks.traces import SURE, Replay, ReplayPredictor, Trace
 from cache.budget import parse_size
 from cache.errors import ColdstreamError
 from cache.policy import DECAY, DecayedFrequency
@@ -31,7 +31,7 @@ from cache.stats import CacheSnapshot
 from runtime.batch import Batch, BatchKind, SequenceView
 from runtime.kernels import Kernels
 from runtime.kv_cache import KVCache
-from runtime.load import AdaptPredictor, Loaded, LoadOptions, load
+from runtime.load import LOOKAHEADS, AdaptPredictor, Loaded, LoadOptions, load
 from runtime.packed import open_packed
 from runtime.predictor import Predictor
 from runtime.replay import frequency
@@ -133,7 +133,7 @@ def open_forced(options: argparse.Namespace, replay: Replay, made: list[ReplayPr
         if own is None:
             raise SystemExit("--mode dense has no predictor to force")
         num_pinned = getattr(own, "_num_pinned", 0)
-        calls = 1 if options.lookahead == "none" else 2
+        calls = 2 if options.lookahead == "attention" else 1
         made.append(ReplayPredictor(replay, own.predict, own.num_bytes, calls, num_pinned))
         return made[0]
 
@@ -176,8 +176,10 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def forced_trace(options: argparse.Namespace) -> Trace:
-    """With the sets that are asked for in place of its own. SystemExit when it has none of those."""
-    trace = Trace.read(options.trace)
+    """As much as a run needs, for it counts as the process's own memory, with the sets that are asked for in place of
+    its own. SystemExit when it has none of those."""
+    guesses = {"none": (), "attention": ("residual",), "layer": tuple(SURE)}[options.lookahead]
+    trace = Trace.read(options.trace, ("active", *guesses)).first(options.warm + options.tokens)
     if options.sets == "active":
         if "active" not in trace.beside:
             raise SystemExit(f"--sets active: {options.trace} was not recorded from a packed model")
@@ -238,11 +240,13 @@ def _watch(loaded: Loaded, predictor: ReplayPredictor | None) -> Phases:
         (cache, "_wait", "waiting for the disk"),
         (cache, "_verify", "checksums"),
         (cache, "release", "admission"),
+        (cache, "_follow_hint", "submit ahead"),
         (cache, "_submit_chunk", "submit of chunks"),
     ):
         phases.watch(owner, method, name)
     if predictor is not None:
         phases.watch(predictor, "predict", "predictor")
+        phases.watch(predictor, "confidence", "guessing")
     return phases
 
 
@@ -350,7 +354,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", default="sparse", choices=["dense", "sparse"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--io-engine", default="auto", choices=["auto", "io_uring", "pread", "buffered"])
-    parser.add_argument("--lookahead", default="none", choices=["none", "attention"])
+    parser.add_argument("--lookahead", default="none", choices=LOOKAHEADS)
     parser.add_argument("--policy", default="ours", choices=POLICIES)
     parser.add_argument("--merge-gap", type=int, help="bytes; unless given, what the device curve says")
     parser.add_argument("--max-model-len", type=int, default=1024)

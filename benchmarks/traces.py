@@ -11,10 +11,11 @@ never changes within a run, so that reuse between tokens, the sizes of the sets 
 real ones. `--active` records the neurons of largest output in place of those that a CETT keeps: as many as another
 activation keeps, a third for ReGLU. Of a packed model, what its own predictor took is recorded, misses and false alarms
 included, and beside it what was truly active, and the predictor's guesses from the residual before attention and from
-a layer before. Neurons are numbered by their frequency on the calibration text, the hottest first, as in a packed
-model (benchmarks/make_packed.py gives it that frequency). The predictor's pass is run at its real size, on
-sketches of random bits, and its answer is thrown away. The shares and the reuse of what was replayed are measured in
-the run. Knows predictors by their protocol; nothing in runtime/ knows of traces.
+a layer before, the latter also with what its hottest neurons add, by how sure they are. Neurons are numbered by their
+frequency on the calibration text, the hottest first, as in a packed model (benchmarks/make_packed.py gives it that
+frequency). The predictor's pass is run at its real size, on sketches of random bits, and its answer is thrown away. The
+shares and the reuse of what was replayed are measured in the run. Knows predictors by their protocol; nothing in
+runtime/ knows of traces.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from runtime.calibrate import LayerTail, thresholds
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.ffn import DenseFFN
 from runtime.kernels import Kernels, select
-from runtime.load import LoadOptions, default_heldout, load
+from runtime.load import LOOKAHEADS, LoadOptions, default_heldout, load
 from runtime.packed import PROFILE, Packed, is_packed, open_packed
 from runtime.plan import FfnCache
 from runtime.predictor import Predictor
@@ -47,7 +48,9 @@ from runtime.sparse import sparse_setup
 from runtime.tokenizer import Tokenizer
 
 Keep = Callable[[LayerTail], float]  # a layer's threshold on output magnitudes
-BESIDE = ("active", "residual", "ahead")  # truly active; guessed before attention; guessed a layer before
+SURE = {f"sure_{at:g}": at for at in (2.0, 2.5, 3.0, 4.0, 5.0, 6.0)}  # guessed a layer before, with that confidence
+BESIDE = ("active", "residual", "ahead", *SURE)  # truly active; guessed before attention; guessed a layer before
+_FIRST = 0.1  # of each layer's neurons: computed before a guess at the next one, as the pinned ones are
 ROW_STEP = 131  # tokens of the trace between two rows of a batch, so that they are not at the same place of the text
 _THRESHOLD_TOKENS = 1536
 
@@ -81,16 +84,21 @@ class Trace:
         num = self.frequency.shape[1]
         return np.unpackbits(self.bits[layer], axis=1, count=num, bitorder="little").astype(bool)
 
+    def first(self, num_tokens: int) -> Trace:
+        """Its first tokens, in memory of their own."""
+        beside = {name: bits[:, :num_tokens].copy() for name, bits in self.beside.items()}
+        return Trace(self.bits[:, :num_tokens].copy(), self.frequency, beside)
+
     def save(self, path: Path) -> None:
         with path.open("wb") as file:
             np.savez_compressed(file, bits=self.bits, frequency=self.frequency, **self.beside)
 
     @classmethod
-    def read(cls, path: Path) -> Trace:
-        """SystemExit when the file is missing or no trace."""
+    def read(cls, path: Path, beside_names: Sequence[str] = BESIDE) -> Trace:
+        """With what there is of these sets beside. SystemExit when the file is missing or no trace."""
         try:
             with np.load(path) as arrays:
-                beside = {name: arrays[name] for name in BESIDE if name in arrays}
+                beside = {name: arrays[name] for name in beside_names if name in arrays}
                 return cls(arrays["bits"], arrays["frequency"], beside)
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"--trace {path}: not a trace ({error})") from error
@@ -132,9 +140,11 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
     model; its checkpoint must be where it was. Raises ColdstreamError."""
     checkpoint, profile = open_checkpoint(packed.source.path), packed.read(PROFILE)
     sparse = sparse_setup(packed, profile, cett, 0, select())
+    own = np.empty(0, bool)
+    first = profile["order"][:, : round(_FIRST * profile["order"].shape[1])].astype(np.int64)
     sources = {"taken": "input", "residual": "residual", "ahead": "ahead"}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*sources, "active")}
-    for layer, (ffn, inputs) in enumerate(forward(checkpoint, heldout[None])):
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*sources, "active", *SURE)}
+    for layer, (ffn, inputs) in enumerate(forward(checkpoint, heldout[None], first)):
         h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])[0]  # [T, F]
         h = h[:, torch.from_numpy(profile["order"][layer].astype(np.int64))]
         active = ((h.abs() >= torch.from_numpy(sparse.active_at[layer])) & (h != 0)).numpy()
@@ -142,6 +152,12 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
         for name, source in sources.items():
             taken = sparse.predictor.predict(layer, inputs[source][0].contiguous().numpy())
             mask = np.ones_like(active) if taken is None else taken
+            own = mask.copy() if name == "taken" else own
+            found[name].append(np.packbits(mask, axis=1, bitorder="little"))
+        sure = sparse.predictor.confidence(layer, inputs["begun"][0].contiguous().numpy())
+        given_up = sure is None or not layer or wrong(sure >= min(SURE.values()), own)
+        for name, at in SURE.items():
+            mask = np.zeros_like(active) if sure is None or given_up else sure >= at
             found[name].append(np.packbits(mask, axis=1, bitorder="little"))
     sets = {name: np.stack(bits) for name, bits in found.items()}
     return Trace(sets.pop("taken"), np.minimum(sparse.frequency, 1).astype(np.float32), sets)
@@ -210,8 +226,9 @@ class ReplayPredictor:
     """Forces a replay's sets; a token of the trace for each call of a layer.
 
     pass_of(layer, x): what a real predictor would compute, run and forgotten. calls_per_token: 2 where the model looks
-    ahead; its guesses are those recorded before attention, or always right where there are none. The first num_pinned
-    neurons come on top, as the engine's own predictor has it. Row b of a batch is ROW_STEP * b tokens further.
+    ahead before attention; its guesses are those recorded there, or always right where there are none. The first
+    num_pinned neurons come on top, as the engine's own predictor has it. Row b of a batch is ROW_STEP * b tokens
+    further.
     """
 
     name = "trace"
@@ -241,6 +258,20 @@ class ReplayPredictor:
         if layer == 0 and self._calls[0] % self._calls_per_token == 0:
             self._replayed.append(np.packbits(mask[0]))
         return mask
+
+    def confidence(self, layer: int, x: np.ndarray) -> np.ndarray | None:
+        """As recorded of the token to come, in the steps of SURE; None where it was not."""
+        levels = [(name, at) for name, at in SURE.items() if name in self._replay.trace.beside]
+        if not levels:
+            return None
+        self._pass_of(layer, x)
+        token = int(self._calls[layer]) // self._calls_per_token
+        sure = np.zeros((x.shape[0], self._replay.num_neurons), np.float32)
+        for b, row in enumerate(sure):
+            for name, at in levels:
+                row[self._replay.active(layer, token + ROW_STEP * b, name)] = at
+        sure[:, : self._num_pinned] = 0.0
+        return sure
 
     def facts(self) -> dict[str, float]:
         """Of layer 0 and the first rows so far: share of neurons that were active, and reuse between tokens."""
@@ -316,7 +347,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--ffn-cache", help="as in `coldstream serve`")
     two.add_argument("--mode", default="auto", choices=["auto", "dense", "sparse"], help="that memory is planned for")
     two.add_argument("--threads", type=int)
-    two.add_argument("--lookahead", default="none", choices=["none", "attention"])
+    two.add_argument("--lookahead", default="none", choices=LOOKAHEADS)
     two.add_argument("--sketch-bits", type=float, default=1.7)
     two.add_argument("--prompt-tokens", type=int, default=512)
     two.add_argument("--tokens", type=int, default=256)

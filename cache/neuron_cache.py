@@ -32,6 +32,10 @@ from cache.store import BundleFile
 _PAGE = 4096
 _PIECE_BYTES = 1 << 20  # of reads: what has arrived is checked and computed with while the rest is read
 _MOST_PIECES = 8  # of a lease: more would cost calls, and hide nothing more
+_TRIED = 1024  # records read ahead for a layer after which such guesses are given up when most were wrong
+_PIECES_LEFT = 1  # of a lease's, when reads for the next layer are handed over behind them
+
+_Room = tuple[int, int]  # a part of staging: offset in the arena, bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,16 @@ class _Ahead:
     ids: np.ndarray  # int32 [P], ascending
     offsets: np.ndarray  # int64 [P], where they land in the arena
     ticket: int
+    room: _Room  # that they lie in
+
+
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    """What `prefetch` was asked for while a lease still waits for its own reads."""
+
+    layer: int
+    ids: np.ndarray  # int32 [P], ascending
+    worth: np.ndarray | None  # [P]
 
 
 @dataclass(slots=True)
@@ -129,7 +143,8 @@ class NeuronCache:
     slots_per_layer: how many records of each layer may stay. staging_bytes: where reads land; a set of misses that does
     not fit makes `acquire` return None. frequency: share of tokens [L, F] that used a neuron in the profile; it ranks
     the neurons until the cache has seen its own. curve: of the file's device; it says which gaps are worth reading to
-    save a request. lookahead: a quarter of staging is for `prefetch`. Costs: slots + staging + 4 bytes a neuron.
+    save a request. lookahead: a quarter of staging is for `prefetch`, unless a set of misses needs all of it. Costs:
+    slots + staging + 4 bytes a neuron.
     """
 
     tier = "cpu"
@@ -167,10 +182,16 @@ class NeuronCache:
         self._leases = 0
         self._file_bytes = file.path.stat().st_size
         ahead_bytes = self._staging_bytes // 4 // _PAGE * _PAGE if lookahead else 0
-        self._whole = (self._staging, self._staging_bytes)  # (offset, bytes) in the arena: for what has it for itself
-        self._demanded = (self._staging, self._staging_bytes - ahead_bytes)
-        self._speculated = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
+        self._whole: _Room = (self._staging, self._staging_bytes)  # for what has it for itself
+        self._demanded: _Room = (self._staging, self._staging_bytes - ahead_bytes)
+        self._speculated: _Room = (self._staging + self._staging_bytes - ahead_bytes, ahead_bytes)
+        half = ahead_bytes // 2 // _PAGE * _PAGE
+        self._halves: tuple[_Room, _Room] = (self._speculated[0], half), (self._speculated[0] + half, half)
+        self._most_ahead = queue_depth  # records: what is not under way when its layer is asked for came no earlier
+        self._tried = np.zeros((2, file.num_layers), np.int64)  # records read ahead of a lease's end; those used
         self._ahead: _Ahead | None = None
+        self._hint: _Hint | None = None
+        self._leased: _Room | None = None  # beyond `_demanded`, what the lease that is out has records in
         self._reading: _Reading | None = None  # of the lease that is out
         self._begun: _Begun | None = None
         self._reader = Reader(file.path, self.arena, landing=self._whole, engine=io_engine, queue_depth=queue_depth)
@@ -219,6 +240,7 @@ class NeuronCache:
         self._one_user()
         self._take_begun(-1)
         ahead = self._take_ahead(layer)
+        self._leased = (0, 0) if ahead is None else ahead.room
         slots = self._slot_of[layer, ids]
         hit = slots >= 0
         missed = ids[~hit]
@@ -227,6 +249,7 @@ class NeuronCache:
         if missed.size or ahead is not None:
             reading = self._start(layer, missed, ahead)
             if reading is None:
+                self._leased = None
                 return None
             self._reading = reading
             offsets[~hit] = reading.places
@@ -264,34 +287,65 @@ class NeuronCache:
         while reading.pieces:
             ticket, some = reading.pieces.popleft()
             self._wait(ticket)
+            if len(reading.pieces) <= _PIECES_LEFT:
+                self._follow_hint()
             self._verify(lease.layer, reading.ids[late[some]], reading.places[late[some]])
             if some.stop < late.size:
                 yield int(missed[late[some.stop]])
 
-    def prefetch(self, layer: int, ids: np.ndarray) -> None:
+    def prefetch(self, layer: int, ids: np.ndarray, worth: np.ndarray | None = None) -> None:
         """Starts reading the absent ones of `ids` (int32 [K], ascending, unique), which `acquire` of this layer will
         probably be asked for next. A hint: nothing depends on it but time and counters, and it never blocks on them.
 
+        While a lease of another layer is out, what that waits for comes first, and a layer whose guesses were mostly
+        wrong is given up. worth, [K]: of more than the reader's queue takes, those of most worth are read; None: all.
         What an earlier hint asked for and nobody acquired is waited for and counted as wasted; a set too large for its
-        part of staging is not read. RuntimeError without `lookahead`.
+        part of staging is not read. RuntimeError without `lookahead`, and while a stream is out.
         """
         if not self._speculated[1]:
             raise RuntimeError("the cache was made without lookahead")
-        self._one_user()
+        if self._leased is None:
+            self._one_user()
+        self._hint = _Hint(layer, ids, worth)
+        if self._reading is None or len(self._reading.pieces) <= _PIECES_LEFT:
+            self._follow_hint()
+
+    def _follow_hint(self) -> None:
+        """Starts reading what the hint asks for, if there is one."""
+        hint, self._hint = self._hint, None
+        if hint is None:
+            return
         self._take_begun(-1)
         self._take_ahead(-1)
-        absent = ids[self._slot_of[layer, ids] < 0]
-        plan = self._plan(layer, absent, self._speculated) if absent.size else None
+        room = self._speculated
+        if self._leased is not None:
+            free = [half for half in self._halves if not _overlap(half, self._leased)]
+            tried, used = self._tried[:, hint.layer]
+            if not free or (tried >= _TRIED and 2 * used < tried):
+                return
+            room = free[0]
+        absent = self._worthiest(hint)
+        plan = self._plan(hint.layer, absent, room) if absent.size else None
         if plan is None:
             return
         self._counts.ahead_issued += absent.size
-        self._ahead = _Ahead(layer, absent, plan.record_offsets, self._submit(plan, plan.arena_offsets))
+        ticket = self._submit(plan, plan.arena_offsets)
+        self._ahead = _Ahead(hint.layer, absent, plan.record_offsets, ticket, room)
+
+    def _worthiest(self, hint: _Hint) -> np.ndarray:
+        absent = self._slot_of[hint.layer, hint.ids] < 0
+        ids: np.ndarray = hint.ids[absent]
+        if hint.worth is None or ids.size <= self._most_ahead:
+            return ids
+        best = np.argpartition(-hint.worth[absent], self._most_ahead)[: self._most_ahead]
+        return np.asarray(ids[np.sort(best)])
 
     def release(self, lease: Lease) -> None:
         """Ends the lease; what was read and scores better than what is resident moves into slots."""
         if self._reading is not None:
             raise RuntimeError("complete the lease first, or drop it")
         self._leases -= 1
+        self._leased = None
         self._policy.touch(lease.layer, lease.ids)
         missed = np.flatnonzero(~lease.hit)
         if missed.size:
@@ -300,6 +354,7 @@ class NeuronCache:
     def drop(self, lease: Lease) -> None:
         """Ends the lease of a step that failed; what was read is forgotten, what is being read is waited for."""
         self._leases -= 1
+        self._leased = self._hint = None
         reading, self._reading = self._reading, None
         if reading is None:
             return
@@ -428,6 +483,7 @@ class NeuronCache:
 
     def _settle(self, ahead: _Ahead, num_used: int) -> bool:
         """Waits for what was read ahead; whether it is there. A failure is nobody's error: it may not be wanted."""
+        self._tried[:, ahead.layer] += ahead.ids.size, num_used
         try:
             self._wait(ahead.ticket)
         except ReadError:
@@ -441,7 +497,13 @@ class NeuronCache:
         """Submits reads of the absent `ids`, but for those that come ahead. None when they do not fit staging."""
         early = np.zeros(ids.size, bool) if ahead is None else np.isin(ids, ahead.ids, assume_unique=True)
         late = ids[~early]
-        plan = self._plan(layer, late, self._demanded) or self._plan(layer, late, self._demanded, merge_gap=0)
+        plan = self._plan(layer, late, self._demanded)
+        if plan is None and ahead is None and self._speculated[1]:
+            self._leased = self._whole
+            plan = self._plan(layer, late, self._whole)
+        if plan is None:
+            room = self._whole if ahead is None else self._demanded
+            plan = self._plan(layer, late, room, merge_gap=0)
         if plan is None:
             if ahead is not None:
                 self._settle(ahead, 0)
@@ -461,17 +523,14 @@ class NeuronCache:
             return
         there, wanted = self._settle(ahead, int(np.count_nonzero(reading.early))), reading.ids[reading.early]
         if not there and wanted.size:  # read it again, where it was to land
-            plan = self._plan(layer, wanted, self._speculated)
+            plan = self._plan(layer, wanted, ahead.room)
             if plan is None:
                 raise RuntimeError("a part of what was read ahead does not fit where all of it did")
             self._read(plan)
             reading.places[reading.early] = plan.record_offsets
         self._verify(layer, wanted, reading.places[reading.early])
 
-    def _plan(
-        self, layer: int, ids: np.ndarray, room: tuple[int, int], merge_gap: int | None = None
-    ) -> ReadPlan | None:
-        """Reads that land in `room`, a part of staging: (offset in the arena, bytes)."""
+    def _plan(self, layer: int, ids: np.ndarray, room: _Room, merge_gap: int | None = None) -> ReadPlan | None:
         return plan_reads(
             self.file.starts(layer, ids),
             self.layout.record_bytes,
@@ -631,3 +690,7 @@ class NeuronCache:
         if pending.ticket is not None:
             with contextlib.suppress(ReadError):
                 self._account(pending.ticket, stalls_since=None)
+
+
+def _overlap(a: _Room, b: _Room) -> bool:
+    return a[0] < b[0] + b[1] and b[0] < a[0] + a[1]

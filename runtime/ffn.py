@@ -20,12 +20,14 @@ from runtime.activation import activation
 from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
+from runtime.model import NextInput
 from runtime.predictor import Predictor
 from runtime.read_cost import reading_seconds
 from runtime.step_choice import StepChoice
 
 _WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
 _ALONE = 2.0  # times slower reading apart must be before one row's step streams: who runs alone wants little read
+_SURE = 2.0  # confidence from which a guess is read a layer ahead: 4 % of the misses are then read in vain (LOG.md)
 _HOPELESS = 1.5  # times the time of reading apart: streaming that should take longer is not tried
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
@@ -97,11 +99,18 @@ class OffloadedFFN:
             dict(self._steps), self._active, self._predicted, self._overflow, self._rows, self._switched
         )
 
-    def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]:
+    def __call__(
+        self,
+        layer: int,
+        xs: Sequence[torch.Tensor],
+        kinds: Sequence[BatchKind],
+        next_input: NextInput | None = None,
+    ) -> list[torch.Tensor]:
         """FFN(x) for each of xs, fp32 [N, D] each, computed as if it were alone. Raises ReadError.
 
         A layer that somebody needs whole is streamed, and all ride along; else the union of the rows' sets is read
-        apart, unless streaming is quicker. Either way gives the same numbers.
+        apart, unless streaming is quicker. Either way gives the same numbers. With `next_input`, for the cache made
+        with lookahead, a row that runs alone lets the next layer's surest neurons be read behind its own.
         """
         if layer == 0:
             for kind in dict.fromkeys(map(self._step_kind, kinds)):
@@ -114,7 +123,7 @@ class OffloadedFFN:
                 self._chosen.begin(xs[0].shape[0])
         parts = [self._part(layer, x, kind, len(xs) > 1) for x, kind in zip(xs, kinds, strict=True)]
         following = self._streamed_next(layer, kinds)
-        if not (sparse and self._sparse(layer, parts[0])):
+        if not (sparse and self._sparse(layer, parts[0], next_input if xs[0].shape[0] == 1 else None)):
             self._streamed(layer, parts, following)
         if layer == self._cache.file.num_layers - 1 and self._chosen is not None:
             self._chosen.end(hopeful=bool(self._expected_s[1] < _HOPELESS * self._expected_s[0]))
@@ -132,8 +141,15 @@ class OffloadedFFN:
             return
         ids = np.flatnonzero(guess.any(axis=0)).astype(np.int32)
         apart_s, whole_s = self._reading_seconds(layer, ids)
-        if whole_s >= apart_s:
+        if whole_s * (_ALONE if xs[0].shape[0] == 1 else 1.0) >= apart_s:  # as `_reads_apart` will choose
             self._cache.prefetch(layer, ids)
+
+    def _guess(self, layer: int, x: torch.Tensor) -> None:
+        """Lets what the layer will surely want be read once the lease that is out has what it needs."""
+        confidence = None if self._predictor is None else self._predictor.confidence(layer, x.contiguous().numpy())
+        if confidence is not None:
+            ids = np.flatnonzero(confidence[0] >= _SURE).astype(np.int32)
+            self._cache.prefetch(layer, ids, confidence[0, ids])
 
     def _step_kind(self, kind: BatchKind) -> str:
         return "prefill" if kind == "prefill" else "dense" if self._predictor is None else "sparse"
@@ -159,7 +175,7 @@ class OffloadedFFN:
         self._rows += x.shape[0]
         return mask
 
-    def _sparse(self, layer: int, part: _Part) -> bool:
+    def _sparse(self, layer: int, part: _Part, next_input: NextInput | None) -> bool:
         """Reads the union of the rows' sets apart, where that is chosen and fits staging; False where not."""
         if part.mask is None:
             return False
@@ -168,7 +184,7 @@ class OffloadedFFN:
             return False
         ids = np.flatnonzero(part.mask.any(axis=0)).astype(np.int32)
         return self._reads_apart(layer, ids, alone=part.x.shape[0] == 1) and self._read_apart(
-            layer, part, part.mask, ids
+            layer, part, part.mask, ids, next_input
         )
 
     def _reads_apart(self, layer: int, ids: np.ndarray, alone: bool) -> bool:
@@ -188,7 +204,9 @@ class OffloadedFFN:
         apart, whole = cache.volumes(layer, ids)
         return reading_seconds(apart, whole, cache.file.layer_bytes, cache.read_cost)
 
-    def _read_apart(self, layer: int, part: _Part, mask: np.ndarray, ids: np.ndarray) -> bool:
+    def _read_apart(
+        self, layer: int, part: _Part, mask: np.ndarray, ids: np.ndarray, next_input: NextInput | None
+    ) -> bool:
         """Reads the union `ids` and computes each row's own set; False when the misses do not fit staging."""
         lease = self._cache.begin(layer, ids)
         if lease is None:
@@ -201,6 +219,9 @@ class OffloadedFFN:
                 if there == ids.size or (self._adds_in_order and there - done >= _WORTH_A_CALL):
                     self._run_some(layer, part, lease, own, slice(done, there))
                     done = there
+                if next_input is not None:  # once, with what the resident ones have added: the others are being read
+                    self._guess(layer + 1, next_input(part.out))
+                    next_input = None
         return True
 
     def _run_some(self, layer: int, part: _Part, lease: Lease, mask: np.ndarray | None, some: slice) -> None:

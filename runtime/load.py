@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
-LOOKAHEADS = ("none", "attention")
+LOOKAHEADS = ("none", "attention", "layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class LoadOptions:
     kernel: str = "auto"
     io_engine: str = "auto"
     pack: PackOptions | None = None  # of a checkpoint that is not packed yet; None: as `prepare` does by itself
-    lookahead: str = "none"  # attention: predict and read before a layer's attention too (benchmarks/LOG.md)
+    lookahead: str = "none"  # predict and read before a layer's attention too; or the surest of the next layer's
 
 
 AdaptPredictor = Callable[[Predictor | None, Kernels], Predictor]
@@ -412,9 +412,10 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     predictor = _predictor(packed, sparse, mode, kernels)
     if adapt is not None:
         predictor = adapt(predictor, kernels)
-    lookahead = options.lookahead == "attention" and predictor is not None
+    in_memory = plan.streamed_bytes == 0  # all but records: else a layer's norm is not there before its turn
+    lookahead = "none" if predictor is None or (options.lookahead == "layer" and not in_memory) else options.lookahead
     frequency = _needs(opened.profile, sparse, mode)
-    cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead)
+    cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead != "none")
     dtype = opened.dtype
     weights = _load_weights(packed, dtype, progress, rows_on_disk=True, streamed=plan.streamed_bytes > 0)
     _warm(cache, progress)
@@ -422,8 +423,8 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     auditor = None if active_at is None else Auditor(packed.bundles, config.hidden_act, active_at, options.audit_rate)
     ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
-    look_ahead = ffn.look_ahead if lookahead else None
-    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead)
+    look_ahead, guesses_next = ffn.look_ahead if lookahead == "attention" else None, lookahead == "layer"
+    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead, guesses_next)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         decoder,

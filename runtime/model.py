@@ -27,10 +27,21 @@ from runtime.row_file import RowFile
 GEMV_ROWS = 16  # up to here our bandwidth-bound kernels, above it torch's GEMM
 
 
-class FFN(Protocol):
-    """FFN(x) of one layer for each of `xs`, fp32 [N, D] of any N each; `kinds` are those of their batches."""
+NextInput = Callable[[torch.Tensor], torch.Tensor]
+"""From what an FFN has added up so far, fp32 [N, D]: a guess at the next layer's input to its FFN, [N, D]."""
 
-    def __call__(self, layer: int, xs: Sequence[torch.Tensor], kinds: Sequence[BatchKind]) -> list[torch.Tensor]: ...
+
+class FFN(Protocol):
+    """FFN(x) of one layer for each of `xs`, fp32 [N, D] of any N each; `kinds` are those of their batches. next_input:
+    of a batch that comes alone, for an FFN that looks ahead."""
+
+    def __call__(
+        self,
+        layer: int,
+        xs: Sequence[torch.Tensor],
+        kinds: Sequence[BatchKind],
+        next_input: NextInput | None = None,
+    ) -> list[torch.Tensor]: ...
 
 
 class LookAhead(Protocol):
@@ -160,12 +171,15 @@ class Model:
         max_model_len: int,
         counters: Callable[[], ModelCounters],
         look_ahead: LookAhead | None = None,
+        guesses_next: bool = False,
     ) -> None:
+        """look_ahead: called before each layer's attention. guesses_next: each layer's FFN gets a `next_input`; for
+        layers that are in memory."""
         self.config = config
         self.counters = counters
         self._weights = weights
         self._ffn = ffn
-        self._look_ahead = look_ahead
+        self._look_ahead, self._guesses_next = look_ahead, guesses_next
         self._kernels = kernels
         self._cos, self._sin = rope_tables(config, max_model_len)
         self._scale = config.head_dim**-0.5
@@ -192,10 +206,19 @@ class Model:
                 self._look_ahead(i, [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows], kinds)
             for part in rows:
                 self._attention(i, w, part, kv)
-            outs = self._ffn(i, [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows], kinds)
+            next_input = self._next_input(i, rows[0].x) if self._guesses_next and len(rows) == 1 else None
+            xs = [rms_norm(part.x, w.post_attention_layernorm, eps) for part in rows]
+            outs = self._ffn(i, xs, kinds, next_input)
             for part, out in zip(rows, outs, strict=True):
                 part.x = part.x + out
         return self._logits(rows)
+
+    def _next_input(self, layer: int, x: torch.Tensor) -> NextInput | None:
+        """The layer after the last one is the first one, of a token that is not known."""
+        if layer + 1 == len(self._weights.layers):
+            return None
+        weight = self._weights.layers[layer + 1].post_attention_layernorm
+        return lambda out: rms_norm(x + out, weight, self.config.rms_norm_eps)  # attention changes it by little
 
     def _attention(self, layer: int, w: LayerWeights, part: _Rows, kv: KVCache) -> None:
         """part.x += attention of one layer; writes keys and values."""

@@ -18,12 +18,18 @@ PROVABLE = ("relu", "relu2")  # activations that are exactly zero for half of th
 
 class Predictor(Protocol):
     """predict(layer, x fp32 [B, D]) -> bool [B, F], or None: the whole layer, unasked. The array is reused by the next
-    call. num_bytes: all it keeps in memory."""
+    call. num_bytes: all it keeps in memory.
+
+    confidence(layer, x) -> float32 [B, F], reused too: how sure it is, from 1 on of those that `predict` would take; 0
+    for pinned ones, who need no guess. None: it knows no degrees, or the layer is computed whole.
+    """
 
     name: str
     num_bytes: int
 
     def predict(self, layer: int, x: np.ndarray) -> np.ndarray | None: ...
+
+    def confidence(self, layer: int, x: np.ndarray) -> np.ndarray | None: ...
 
 
 class PlanePredictor:
@@ -44,19 +50,34 @@ class PlanePredictor:
         self._num_pinned = num_pinned
         self._kernels = kernels
         self._mask, self._scores = np.empty((0, 0), bool), np.empty((0, 0), np.float32)
+        self._confidence = np.empty((0, 0), np.float32)
         self.num_bytes = sum(s.num_bytes for s in sketches if s is not None)
 
     def predict(self, layer: int, x: np.ndarray) -> np.ndarray | None:
+        if not self._score(layer, x):
+            return None
+        np.greater_equal(self._scores, self.thresholds[layer], out=self._mask[:, self._num_pinned :])
+        return self._mask
+
+    def confidence(self, layer: int, x: np.ndarray) -> np.ndarray | None:
+        """Scores over the threshold; predicted at a guess of the layer's input, for instance."""
+        if not self._score(layer, x):
+            return None
+        np.divide(self._scores, self.thresholds[layer], out=self._confidence[:, self._num_pinned :])
+        return self._confidence
+
+    def _score(self, layer: int, x: np.ndarray) -> bool:
+        """Scores of all that are not pinned; False where the layer has none."""
         sketch = self.sketches[layer]
         if sketch is None:
-            return None
+            return False
         shape = (x.shape[0], sketch.num_neurons)
         if self._mask.shape != shape:
             self._mask = np.ones(shape, bool)  # the pinned columns stay as they are
             self._scores = np.empty((shape[0], shape[1] - self._num_pinned), np.float32)
+            self._confidence = np.zeros(shape, np.float32)  # as above
         self._kernels.plane_scores(x, sketch, self._scores)
-        np.greater_equal(self._scores, self.thresholds[layer], out=self._mask[:, self._num_pinned :])
-        return self._mask
+        return True
 
 
 class ResidentGatePredictor:
@@ -78,3 +99,6 @@ class ResidentGatePredictor:
         for start in range(0, x.shape[0], 16):  # the kernel's limit of rows
             self._kernels.linear(x[start : start + 16], gate, pre[start : start + 16])
         return pre > 0
+
+    def confidence(self, layer: int, x: np.ndarray) -> None:
+        """None: zero or not has no degrees."""

@@ -18,7 +18,7 @@ from benchmarks.make_checkpoint import SHAPES
 from benchmarks.make_packed import make_packed, random_records
 from benchmarks.packed_gguf import write_gguf
 from benchmarks.predictors import forward
-from benchmarks.traces import BESIDE, Replay, ReplayPredictor, Trace, record_taken
+from benchmarks.traces import BESIDE, SURE, Replay, ReplayPredictor, Trace, record_taken
 from cache.bundle import BundleDtype, BundleLayout, unpack_vector
 from runtime.affinity import reuse
 from runtime.checkpoint import open_checkpoint
@@ -52,6 +52,14 @@ def test_what_lies_beside_a_trace_survives_and_is_replayed(tmp_path: Path) -> No
     own = np.stack([replay.active(0, t) for t in range(4)])
     np.testing.assert_array_equal(both[1::2, 3:], own[:, 3:])
     np.testing.assert_array_equal(both[2::2, 3:], own[:3, 3:])  # here the guess is the token before
+    sure = ReplayPredictor(replay, lambda layer, x: None, num_pinned=3)
+    for token in range(4):  # of the token to come, before its set is taken
+        confidence = sure.confidence(1, np.zeros((1, 8), np.float32))
+        assert confidence is not None and not confidence[0, :3].any()
+        levels = [(at, replay.active(1, token, name)[3:]) for name, at in SURE.items()]
+        expected = np.max([np.where(mask, at, 0) for at, mask in levels], axis=0)
+        np.testing.assert_array_equal(confidence[0, 3:], expected)
+        sure.predict(1, np.zeros((1, 8), np.float32))
     facts, taken = replay.facts(0, TOKENS), np.stack([[replay.active(i, t) for t in range(TOKENS)] for i in (0, 1)])
     assert facts["reuse"] == pytest.approx(reuse(taken))
     assert facts["taken_share"] == pytest.approx(taken.mean()) == facts["active_share"]

@@ -170,7 +170,7 @@ def texts_of(
     found = [generate(loaded, PROMPTS[i], 24) for i in order]
     counters = loaded.model.counters()
     assert counters.steps["sparse"] > 0 and counters.predicted_neurons > 0
-    assert (loaded.cache.snapshot().prefetch_used_bytes > 0) == (lookahead == "attention")
+    assert (loaded.cache.snapshot().prefetch_used_bytes > 0) == (lookahead != "none")
     loaded.engine.shutdown(0)
     loaded.close()
     return found, loaded.info
@@ -185,9 +185,12 @@ def test_sparse_text_does_not_depend_on_what_the_cache_holds(tmp_path: Path, tin
     assert info["cett"] == 0.15 and info["pinned_share"] == 0 and info["sparse_layers"] == 3
     assert texts_of(model, "8%", [0, 1, 2, 3, 4])[0] == nothing
     assert texts_of(model, "0%", [0, 1, 2, 3, 4], "attention")[0] == nothing
+    assert texts_of(model, "0%", [0, 1, 2, 3, 4], "layer")[0] == nothing
     fresh, info = texts_of(model, "35%", [0, 1, 2, 3, 4])
     assert info["pinned_share"] == pytest.approx(0.3, abs=0.01)
     again, _ = texts_of(model, "38%", [4, 3, 2, 1, 0, 2], "attention")
+    assert again == [*reversed(fresh), fresh[2]]
+    again, _ = texts_of(model, "38%", [4, 3, 2, 1, 0, 2], "layer")
     assert again == [*reversed(fresh), fresh[2]]
 
 

@@ -82,7 +82,7 @@ def ours(path: Path, kernel: str) -> Model:
         embed if config.tie_word_embeddings else checkpoint.load("lm_head.weight"),
     )
     return Model(
-        config, weights, lambda layer, xs, kinds: [ffns[layer](x) for x in xs], select(kernel), 128, ModelCounters
+        config, weights, lambda layer, xs, kinds, _: [ffns[layer](x) for x in xs], select(kernel), 128, ModelCounters
     )
 
 

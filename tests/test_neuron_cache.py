@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from cache.bundle import BundleDtype, BundleLayout, pack_records, unpack_vector
 from cache.device_curve import DeviceCurve, Point
 from cache.errors import FormatError, ReadError
-from cache.neuron_cache import NeuronCache, smallest_staging_bytes
+from cache.neuron_cache import Lease, NeuronCache, smallest_staging_bytes
 from cache.store import BundleFile
 
 LAYERS, NEURONS, HIDDEN = 3, 700, 96
@@ -300,11 +301,100 @@ def test_guesses_are_bounded_and_need_a_cache_made_for_them(file: BundleFile) ->
     cache = make(file, 0, lookahead=True)
     cache.prefetch(0, np.arange(NEURONS, dtype=np.int32))  # a layer is more than a quarter of staging
     assert cache.snapshot().prefetch_issued_bytes == 0
-    lease = cache.acquire(0, np.array([1], np.int32))
-    assert lease is not None
+    stream = cache.stream(0)
+    next(stream)
     with pytest.raises(RuntimeError, match="release"):
         cache.prefetch(1, np.array([2], np.int32))
-    cache.release(lease)
+    stream.close()
+
+
+@pytest.mark.parametrize("engine", ["auto", "pread", "buffered"])
+@pytest.mark.parametrize("slots", [0, 40])
+def test_reads_behind_a_lease_are_right_and_add_up(
+    file: BundleFile, engine: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer after layer, each guessed at while the one before is out: rightly, wrongly, for another, dropped."""
+    monkeypatch.setattr("cache.neuron_cache._PIECE_BYTES", 8 << 10)
+    monkeypatch.setattr("cache.neuron_cache._TRIED", 1 << 30)
+    cache = make(file, slots, io_engine=engine, lookahead=True)
+    rng = np.random.default_rng(4)
+    sets = [np.flatnonzero(rng.random(NEURONS) < 0.08).astype(np.int32) for _ in range(91)]
+    for step, (ids, following) in enumerate(pairwise(sets)):
+        layer = step % LAYERS
+        lease = cache.begin(layer, ids)
+        assert lease is not None
+        guess = np.union1d(following[rng.random(following.size) < 0.7], rng.integers(0, NEURONS, 5)).astype(np.int32)
+        cache.prefetch((layer + 1 + (step % 9 == 8)) % LAYERS, guess, rng.random(guess.size))
+        if step % 11 == 10:
+            cache.drop(lease)
+            continue
+        cache.complete(lease)
+        for name, expected in vectors(layer).items():
+            np.testing.assert_array_equal(read_back(cache, lease.offsets, name), expected[ids])
+        cache.release(lease)
+    check_lease(cache, 0, sets[-1])
+    found = cache.snapshot()
+    assert found.prefetch_used_bytes > 2 * found.prefetch_wasted_bytes > 0
+    assert found.prefetch_issued_bytes == found.prefetch_used_bytes + found.prefetch_wasted_bytes
+    cache.close()
+
+
+def test_a_guess_behind_a_lease_is_no_longer_than_the_queue(file: BundleFile) -> None:
+    cache = make(file, 0, lookahead=True, queue_depth=4)
+    lease = cache.begin(0, np.array([1, 600], np.int32))
+    assert lease is not None
+    ids = np.arange(0, 700, 70, dtype=np.int32)
+    cache.prefetch(1, ids, np.array([9, 1, 8, 2, 7, 3, 6, 4, 5, 0], np.float32))
+    with lease:
+        cache.complete(lease)
+    assert cache._ahead is not None
+    np.testing.assert_array_equal(cache._ahead.ids, ids[[0, 2, 4, 6]])
+    check_lease(cache, 1, ids)
+    assert cache.snapshot().prefetch_used_bytes == 4 * file.layout.record_bytes
+    cache.close()
+
+
+def test_a_layer_whose_guesses_are_wrong_is_given_up(file: BundleFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.neuron_cache._TRIED", 8)
+    cache = make(file, 0, lookahead=True)
+    issued = []
+    for guess in ([600, 610, 620, 630], [600, 601, 3], [3, 4], [3, 4], [3, 4]):  # wrong but for layer 1's second
+        for layer in range(LAYERS):
+            lease = cache.begin(layer, np.array([3, 4], np.int32))
+            assert lease is not None
+            with lease:
+                if layer < 2:
+                    cache.prefetch(layer + 1, np.sort(np.array([3, 4] if layer else guess, np.int32)))
+                cache.complete(lease)
+        issued.append(cache.snapshot().prefetch_issued_bytes // file.layout.record_bytes)
+    assert np.diff(issued).tolist() == [5, 4, 2, 2]  # layer 2 goes on, layer 1 is given up after nine of which one came
+    cache.close()
+
+
+def test_a_set_that_needs_all_of_staging_gets_it_beside_guesses(file: BundleFile) -> None:
+    """What lookahead keeps for itself never makes a set too large."""
+    cache = make(file, 0, lookahead=True)
+    cache._demanded = (cache._staging, 64 << 10)
+    ids = np.arange(0, NEURONS, 3, dtype=np.int32)
+    lease = cache.begin(0, ids)
+    assert lease is not None
+    cache.prefetch(1, ids[:2])  # has no place now
+    with lease:
+        cache.complete(lease)
+        np.testing.assert_array_equal(read_back(cache, lease.offsets, "up"), vectors(0)["up"][ids])
+    assert cache.snapshot().prefetch_issued_bytes == 0
+    check_lease(cache, 1, ids[:2])
+    with lease_of(cache, 1, ids[:2]) as lease:
+        cache.prefetch(2, ids[:2])  # and now it has
+        cache.complete(lease)
+    assert cache.snapshot().prefetch_issued_bytes == 2 * file.layout.record_bytes
+    cache.close()
+
+
+def lease_of(cache: NeuronCache, layer: int, ids: np.ndarray) -> Lease:
+    lease = cache.begin(layer, ids)
+    assert lease is not None
+    return lease
 
 
 # -- begin and complete -----------------------------------------------------------------------------------------------

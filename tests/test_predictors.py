@@ -187,3 +187,21 @@ def test_a_pinned_set_only_adds(num_pinned: int) -> None:
     beside = PlanePredictor([rest], threshold, num_pinned, kernels).predict(0, x)
     assert alone is not None and beside is not None and 0 < alone.mean() < 1
     np.testing.assert_array_equal(beside, alone | (np.arange(40) < num_pinned))
+
+
+def test_confidence_is_one_where_a_neuron_is_just_taken() -> None:
+    rng = np.random.default_rng(3)
+    gate, up, down = (rng.standard_normal((40, 24)).astype(np.float32) for _ in range(3))
+    statistics = InputStatistics.of(rng.standard_normal((300, 24)).astype(np.float32))
+    sketch = make_plane_sketch("relu2", gate, up, down, statistics, 1.69)
+    x = rng.standard_normal((5, 24)).astype(np.float32)
+    threshold = np.array([np.median(sketch.predict(x)), 1.0], np.float32)
+    rest = sketch.without(np.arange(40) < 7)
+    predictor = PlanePredictor([rest, None], threshold, 7, ReferenceKernels())
+    confidence = predictor.confidence(0, x)
+    assert confidence is not None and not confidence[:, :7].any()
+    np.testing.assert_allclose(confidence[:, 7:], rest.predict(x)[:, 7:] / threshold[0], rtol=1e-5)
+    taken = predictor.predict(0, x)
+    assert taken is not None
+    np.testing.assert_array_equal(taken[:, 7:], confidence[:, 7:] >= 1)
+    assert predictor.confidence(1, x) is None
