@@ -274,11 +274,11 @@ class UringReader final : public BaseReader {
 
   // One round: fill the queue, wait for some completions, take what is there. `left`: requests to come that are waited
   // for. Each round is a system call: with more waiting than fits the queue it takes an eighth of it at a time, which
-  // keeps the device busy; else all that is left.
+  // keeps the device busy; never more than are left, for others may lie behind them.
   void turn(int64_t left) {
     fill();
-    const size_t wanted = waiting_.empty() ? static_cast<size_t>(left) : std::max<size_t>(1, in_flight() / 8);
-    const int error = ring_->enter(static_cast<unsigned>(std::min(wanted, in_flight())));
+    const size_t wanted = waiting_.empty() ? in_flight() : std::max<size_t>(1, in_flight() / 8);
+    const int error = ring_->enter(static_cast<unsigned>(std::min({wanted, static_cast<size_t>(left), in_flight()})));
     const bool moved = reap();
     if (error != 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) {
       give_up(error);
