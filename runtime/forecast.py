@@ -29,6 +29,9 @@ _SCATTERED = 0.7  # of the speed at which matrices are read: records lie apart
 _CHECK_BYTE_S = 0.2e-9  # of checking or copying a byte that was streamed or read: 5 GB/s
 _LAST_PIECE = 1 / 8  # of what is read comes last, when nothing is left to hide behind
 _LARGEST_READ = 1 << 20
+_GUESSED = 0.4  # of the misses, those that a layer ahead is sure of (benchmarks/LOG.md)
+_MOST_GUESSED = 256  # neurons: the reader's queue
+_IN_TWO_PARTS = 1.1  # times the reading, for fewer neighbours are read together, and some in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,11 @@ def forecast(
     terms: ReadTerms,
     machine: Machine,
     dense: bool = False,
+    ahead: bool = False,
 ) -> Forecast:
     """frequency [L, F]: share of tokens that need a neuron, from 1 on always; a layer of ones is streamed. dense: every
-    token needs all of them, and frequency says only which are resident.
+    token needs all of them, and frequency says only which are resident. ahead: the surest of the next layer's are read
+    while nothing else is, for whatever is not hidden behind reads.
 
     other_bytes: of all that a token is multiplied with besides records: attention, head, predictor. streamed_bytes: of
     those that are read for each token.
@@ -94,8 +99,14 @@ def forecast(
         call_s = machine.call_s * coldness(other_bytes / num_layers + float(share.sum()) * file.layout.record_bytes)
         checked = file.layer_bytes if num_bytes and share.min() >= 1.0 else num_bytes  # streamed: what stays is copied
         busy_s = ffn_s + checked * _CHECK_BYTE_S
-        total_s += max(read_s, busy_s) + min(read_s, busy_s) * _LAST_PIECE + file.num_neurons * _NEURON_S
-        total_s += (_CALLS + (_READ_CALLS if num_bytes else 0)) * call_s + requests * _REQUEST_S
+        apart_s = file.num_neurons * _NEURON_S + requests * _REQUEST_S
+        apart_s += (_CALLS + (_READ_CALLS if num_bytes else 0)) * call_s
+        missed = float(share[absent].sum())
+        if ahead and layer and missed and share.min() < 1.0:
+            read_s *= _IN_TWO_PARTS
+            hidden_s = min(_GUESSED, _MOST_GUESSED / missed) * read_s
+            read_s -= min(hidden_s, apart_s + other_bytes / num_layers / machine.bytes_per_s)
+        total_s += max(read_s, busy_s) + min(read_s, busy_s) * _LAST_PIECE + apart_s
         needed, hits = needed + float(share.sum()), hits + float(share[~absent].sum())
         read_bytes, num_requests, disk_s = read_bytes + num_bytes, num_requests + requests, disk_s + read_s
     return Forecast(1 / total_s, disk_s, total_s - disk_s, read_bytes, num_requests, hits / max(needed, 1e-9))

@@ -17,6 +17,7 @@ from runtime.forecast import (
     _READ_CALLS,
     _REQUEST_S,
     _SCATTERED,
+    Forecast,
     Machine,
     ReadTerms,
     coldness,
@@ -95,6 +96,20 @@ def test_more_slots_and_a_faster_disk_are_never_slower() -> None:
     assert rates == sorted(rates)
     fast = ReadTerms(ReadCost(1e-5, 1e-6, 1e-10), 0, 512)
     assert forecast(FILE, [50] * LAYERS, frequency, 0, 0, fast, MACHINE).tokens_per_s > rates[1]
+
+
+def test_reading_ahead_hides_no_more_than_there_is_to_hide_behind() -> None:
+    """What is guessed is read while everything else is done; of the first layer nothing is guessed."""
+    frequency = np.full((LAYERS, NEURONS), 0.2)
+    slow_disk = ReadTerms(ReadCost(1e-4, 1e-3, 1e-9), 0, 512)
+
+    def found(other_bytes: int, ahead: bool) -> Forecast:
+        return forecast(FILE, [20] * LAYERS, frequency, other_bytes, 0, slow_disk, Machine(1e9, 1e-9), ahead=ahead)
+
+    read_s = found(0, False).disk_s / LAYERS
+    for other_bytes, hidden_s in ((0, 0.0), (20_000_000, 10e-3), (10**9, 0.4 * 1.1 * read_s)):
+        gained_s = 1 / found(other_bytes, False).tokens_per_s - 1 / found(other_bytes, True).tokens_per_s
+        assert gained_s == pytest.approx(hidden_s - 0.1 * read_s, abs=0.02 * read_s)  # layers draw apart
 
 
 def test_the_machine_is_measured() -> None:
