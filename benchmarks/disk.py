@@ -160,7 +160,7 @@ def ablation_cases(bench: Bench) -> Iterator[Case]:
         yield one(policy, "--policy", policy)
     yield one("no prediction: dense stream", "--mode", "dense", "--tokens", 3, "--warm", 1)
     yield one("looking ahead before attention", "--lookahead", "attention")
-    yield one("looking a layer ahead", "--lookahead", "layer")
+    yield one("not looking ahead", "--lookahead", "none")
     yield one("no merging", "--merge-gap", 0)
     yield one("merging over 32 KiB", "--merge-gap", 32 << 10)
     yield one("one thread", "--threads", 1)

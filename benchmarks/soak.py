@@ -149,7 +149,8 @@ class Client:
         datas = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
         last = json.loads(datas[-2] if datas[-1] == "[DONE]" else datas[-1])
         if "error" in last:
-            self._failed(500, json.dumps(last))
+            waited = last["error"]["type"] == "rate_limit_error"  # said too late for a status
+            self._failed(429 if waited else 500, json.dumps(last))
         else:
             self._books.answered(last["usage"], 1)
 

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
-LOOKAHEADS = ("none", "attention", "layer")
+LOOKAHEADS = ("auto", "none", "attention", "layer")
+_AHEAD_BYTES = 32 << 20  # of a layer's FFN: below, guessing costs more than the reads that it hides (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class LoadOptions:
     kernel: str = "auto"
     io_engine: str = "auto"
     pack: PackOptions | None = None  # of a checkpoint that is not packed yet; None: as `prepare` does by itself
-    lookahead: str = "none"  # predict and read before a layer's attention too; or the surest of the next layer's
+    lookahead: str = "auto"  # layer: reads the surest of the next one; attention: before it, all that is guessed
 
 
 AdaptPredictor = Callable[[Predictor | None, Kernels], Predictor]
@@ -244,7 +245,8 @@ def open_forecast(
     machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
     others = plan.multiplied_bytes, plan.streamed_bytes
-    return forecast(packed.bundles, _slots(plan, sparse), frequency, *others, terms, machine, dense)
+    ahead = _lookahead("auto", plan, sparse, packed.bundles.layer_bytes) == "layer"
+    return forecast(packed.bundles, _slots(plan, sparse), frequency, *others, terms, machine, dense, ahead)
 
 
 def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuForecast | None:
@@ -412,8 +414,7 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     predictor = _predictor(packed, sparse, mode, kernels)
     if adapt is not None:
         predictor = adapt(predictor, kernels)
-    in_memory = plan.streamed_bytes == 0  # all but records: else a layer's norm is not there before its turn
-    lookahead = "none" if predictor is None or (options.lookahead == "layer" and not in_memory) else options.lookahead
+    lookahead = _lookahead(options.lookahead, plan, predictor, packed.bundles.layer_bytes)
     frequency = _needs(opened.profile, sparse, mode)
     cache = _cache(packed, plan, sparse, frequency, options.io_engine, curve, lookahead != "none")
     dtype = opened.dtype
@@ -449,9 +450,18 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
         machine = measure_machine(kernels, as_numpy(weights.lm_head))
         slots, dense = cache.slots_per_layer, predictor is None
         others = plan.multiplied_bytes, plan.streamed_bytes
-        return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense)
+        ahead = sparse is not None and lookahead == "layer"
+        return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense, ahead)
 
     return Loaded(engine, decoder, cache, opened.tokenizer, plan, packed, info, expected)
+
+
+def _lookahead(wanted: str, plan: Plan, predictor: object | None, layer_bytes: int) -> str:
+    """None without a predictor; nor a layer ahead where a layer's norm is not in memory before its turn."""
+    if wanted == "auto":
+        wanted = "layer" if layer_bytes >= _AHEAD_BYTES else "none"
+    streamed = plan.streamed_bytes > 0
+    return "none" if predictor is None or (wanted == "layer" and streamed) else wanted
 
 
 def _prefix_store(opened: _Opened, kv: KVCache, options: LoadOptions) -> PrefixStore | None:
