@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -12,6 +13,7 @@ from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.samples import Sample
 
+from runtime.request import Request, SamplingParams
 from tests.fake_engine import FakeEngine, byte_tokenizer
 from tests.live_server import LiveServer, live_server
 
@@ -151,9 +153,12 @@ def test_requests_and_refusals_are_counted_once(server: LiveServer) -> None:
 
 
 def test_what_the_engine_refused_is_not_counted_twice() -> None:
-    with live_server(FakeEngine(byte_tokenizer(), max_live=0)) as server:
+    gate = threading.Semaphore(0)
+    with live_server(FakeEngine(byte_tokenizer(), max_live=1, gate=gate)) as server:
+        server.engine.submit(Request("other", (1,), SamplingParams()), lambda event: None)
         assert httpx.post(server.url + "/v1/completions", json={"prompt": "hi"}).status_code == 429
         assert value(scrape(server), "request_failure_total", reason="queue_full") == 1
+        server.engine.abort("other")
 
 
 def test_one_snapshot_a_scrape(server: LiveServer) -> None:
