@@ -354,7 +354,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", default="sparse", choices=["dense", "sparse"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--io-engine", default="auto", choices=["auto", "io_uring", "pread", "buffered"])
-    parser.add_argument("--lookahead", default="layer", choices=[way for way in LOOKAHEADS if way != "auto"])
+    parser.add_argument("--lookahead", default="layer", choices=LOOKAHEADS)
     parser.add_argument("--policy", default="ours", choices=POLICIES)
     parser.add_argument("--merge-gap", type=int, help="bytes; unless given, what the device curve says")
     parser.add_argument("--max-model-len", type=int, default=1024)

@@ -347,7 +347,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--ffn-cache", help="as in `coldstream serve`")
     two.add_argument("--mode", default="auto", choices=["auto", "dense", "sparse"], help="that memory is planned for")
     two.add_argument("--threads", type=int)
-    two.add_argument("--lookahead", default="none", choices=[way for way in LOOKAHEADS if way != "auto"])
+    two.add_argument("--lookahead", default="none", choices=LOOKAHEADS)
     two.add_argument("--sketch-bits", type=float, default=1.7)
     two.add_argument("--prompt-tokens", type=int, default=512)
     two.add_argument("--tokens", type=int, default=256)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
-LOOKAHEADS = ("auto", "none", "attention", "layer")
+LOOKAHEADS = ("none", "attention", "layer")  # beside auto, which is one of them by the size of a layer
 _AHEAD_BYTES = 32 << 20  # of a layer's FFN: below, guessing costs more than the reads that it hides (benchmarks/LOG.md)
 
 
@@ -160,23 +160,26 @@ def prepare(
 def find_or_pack(model: str, progress: Progress, options: PackOptions | None = None) -> Packed:
     """The packed model that `model` names or was packed into before with the same options; packs it when there is
     none."""
-    found = _find(model, options)
-    if isinstance(found, Packed):
-        return found
     options = options or PackOptions(default_calibration())
-    target = _cached(found, options)
-    pack(found, Tokenizer.from_checkpoint(found), target, options, progress, reuse=True)
+    target, checkpoint = _locate(model, options)
+    if checkpoint is not None and not is_packed(target):
+        pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress, reuse=True)
     return open_model(target)
 
 
 def _find(model: str, options: PackOptions | None) -> Packed | Checkpoint:
     """As `find_or_pack`, but the checkpoint where it is not packed yet."""
+    target, checkpoint = _locate(model, options or PackOptions(default_calibration()))
+    return open_model(target) if checkpoint is None or is_packed(target) else checkpoint
+
+
+def _locate(model: str, options: PackOptions) -> tuple[Path, Checkpoint | None]:
+    """Where the packed model is, or is packed into; the checkpoint, unless `model` is packed itself."""
     path = Path(model)
     if is_packed(path):
-        return open_model(path)
+        return path, None
     checkpoint = open_checkpoint(model)
-    target = _cached(checkpoint, options or PackOptions(default_calibration()))
-    return open_model(target) if is_packed(target) else checkpoint
+    return _cached(checkpoint, options), checkpoint
 
 
 def _cached(checkpoint: Checkpoint, options: PackOptions) -> Path:
@@ -569,8 +572,8 @@ def _check_options(options: LoadOptions) -> None:
         raise ColdstreamError(f"--device {options.device}: one of auto, cpu, cuda")
     if options.mode not in MODES:
         raise ColdstreamError(f"--mode {options.mode}: one of {', '.join(MODES)}")
-    if options.lookahead not in LOOKAHEADS:
-        raise ColdstreamError(f"lookahead {options.lookahead}: one of {', '.join(LOOKAHEADS)}")
+    if options.lookahead not in ("auto", *LOOKAHEADS):
+        raise ColdstreamError(f"lookahead {options.lookahead}: one of auto, {', '.join(LOOKAHEADS)}")
     if not 0 <= options.audit_rate <= 1:
         raise ColdstreamError(f"--audit-rate {options.audit_rate:g}: a share between 0 and 1")
     if options.prefix_cache_dir is not None and not options.prefix_cache:

@@ -44,8 +44,9 @@ def perplexity(
     packed = find_or_pack(model, progress, options.pack)
     dense_options = replace(options, mode="dense", cett=None)
     sparse_options = [replace(options, mode="sparse", cett=cett) for cett in cetts]
+    targets = packed.read(PROFILE)["targets"]
     for cett in cetts:
-        check_cett(packed.read(PROFILE)["targets"], cett)
+        check_cett(targets, cett)
     length = _window(packed, [dense_options, *sparse_options])
     windows = _windows(packed, path, tokens, length)
     dense, found = _score(packed, replace(dense_options, max_model_len=length), windows, progress)

@@ -114,7 +114,7 @@ def test_record_keeps_the_share_that_is_asked_for(tiny_relu2: TinyModel) -> None
     assert trace.frequency.mean(axis=1) == pytest.approx(0.2, abs=0.01)
 
 
-@pytest.mark.parametrize("lookahead", [way for way in LOOKAHEADS if way != "auto"])
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
 def test_bench_replays_through_the_engine(tiny_relu2: TinyModel, lookahead: str, tmp_path: Path) -> None:
     packed = prepare(
         str(tiny_relu2.checkpoint), tmp_path / "packed", tiny_relu2.text, None, "auto", False, lambda w, s: None
