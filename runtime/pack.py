@@ -161,7 +161,7 @@ def _atomic_directory(out: Path) -> Iterator[Path]:
     """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not. Who has the
     lock is alone: what else is there was left by those that were killed."""
     for left in out.parent.iterdir():
-        if left.name.startswith(f".{out.name}.partial"):
+        if left.name.startswith(f".{out.name}.partial-"):
             shutil.rmtree(left, ignore_errors=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
