@@ -59,6 +59,7 @@ _GRAPH_BYTES = 16 * _MIB  # of a captured bucket: nodes, and what its private po
 _ALLOCATOR_BYTES = 64 * _MIB  # torch takes memory in segments, some of them half used
 _TABLE_BYTES = 56  # a neuron: slot, uses, score and threshold 16; what ranking makes of them 40, for a moment
 _LISTED_BYTES = 20  # a neuron of one layer: its id, its record's address, and that in main memory
+_SKETCH_ROW_BYTES, _CODE_BYTES = 20, 64  # of a matrix: a row's padding and wider numbers; the planes of a byte of a row
 _SUMS, _SUMS_FEW = 128, 396  # sums of a row that are made apart, and of up to two (runtime/kernels/triton_neurons.py)
 _PROMPT_ROWS = 64  # of a prompt that attend together (EngineConfig.prefill_chunk)
 _NEURON_BYTES = 48  # a neuron in main memory: frequency, ranks, counters read back
@@ -276,10 +277,19 @@ class _Sizes(ModelSizes):
             "staging.buffers": 2 * shape.staged_neurons * self.layout.stride,
             "scratch.prefill": self._prefill_bytes(shape),
             "scratch.logits": self._logit_bytes(),
-            "scratch.lists": c.intermediate_size * _LISTED_BYTES + self._sums() * c.hidden_size * 4,
+            "scratch.lists": (c.intermediate_size + _SUMS_FEW) * _LISTED_BYTES + self._sums() * c.hidden_size * 4,
             "scratch.graphs": len(self.buckets) * (_GRAPH_BYTES + self._decode_bytes(shape.max_model_len)),
             "scratch.allocator": _ALLOCATOR_BYTES,
         }
+
+    def predictor_bytes(self, num_pinned: int) -> int:
+        """And what a sketch takes more here than in its file: padded rows of codes, wider numbers, planes spelt out."""
+        found = ModelSizes.predictor_bytes(self, num_pinned)  # super() misses a class that slots made anew
+        if self.options.mode == "sparse":
+            rows, vectors = self.config.intermediate_size - num_pinned, 2 if self.config.gated else 1
+            found += len(self.sketches) * rows * vectors * _SKETCH_ROW_BYTES
+            found += sum(s.row_bytes for s in self.sketches) * _CODE_BYTES
+        return found
 
     @property
     def smallest_below(self) -> _Below:

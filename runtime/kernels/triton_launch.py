@@ -15,7 +15,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _CAPABILITY = 9
-ASSUMED = False  # a GPU that has it, though tensors are elsewhere: for compiling without one
+ASSUMED = 0  # a GPU of this capability, though tensors are elsewhere: for compiling without one
+BITS = True  # products of bits where the GPU is quick at them; off for holding the other way against them
 OFF = False  # one kernel after the other: for telling their times apart
 
 
@@ -34,11 +35,21 @@ def compiled() -> bool:
 
 def chained(x: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on the device of x."""
-    if not OFF and (ASSUMED or (x.is_cuda and _has(x.device))):
+    if not OFF and _capability(x) >= _CAPABILITY:
         return {"CHAINED": True, "launch_pdl": True}
     return {"CHAINED": False}
 
 
+def by_bits(x: torch.Tensor) -> bool:
+    """Whether bits are multiplied on the device of x: measured on compute capability 9 alone."""
+    return BITS and compiled() and _capability(x) == _CAPABILITY
+
+
+def _capability(x: torch.Tensor) -> int:
+    """Major number of the device of x; 0 for a CPU."""
+    return ASSUMED or (_device_capability(x.device) if x.is_cuda else 0)
+
+
 @cache
-def _has(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= _CAPABILITY
+def _device_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]

@@ -2,7 +2,8 @@
 
 A row of codes says of each plane whether it is added or subtracted: a matrix of bits times a vector, which tensor cores
 multiply once the bits are bytes of 0 and 1 and the vector is written in whole numbers, three digits of 256. Eight bits
-of a byte become eight matrices. Sums are exact; the vector is rounded to 1 / 8,000,000 of what is largest in it.
+of a byte become eight matrices. Sums are exact; the vector is rounded to 1 / 8,000,000 of what is largest in it. Where
+products of bits are fast, the digits' bits are made instead, and `gluon_scores` counts them: the same sums.
 Shapes: B rows, G groups of rows, K sketched neurons, F neurons, D hidden, R bytes of a row of codes; W bytes of the
 codes of all matrices of a sketch (gate, where there is one, and up), which share buffers.
 """
@@ -17,20 +18,23 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton_act import ACTS, activated
-from runtime.kernels.triton_launch import after_others, chained, compiled
+from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 128  # of a row of codes at once
 _NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
+_WORDS_AHEAD = 64  # of a gated row, that a program which counts bits has under way early
+ROW_ALIGN = 16  # bytes of codes that a lane loads at once
 _COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePlanes:
-    """A PlaneMatrix where the GPU computes: dimension int32 and coefficient fp32 [8, R] (bit b of byte r is plane
+    """A PlaneMatrix where the GPU computes: dimension int32 and coefficient fp32 [R, 8] (bit b of byte r is plane
     8 r + b; past the last one the coefficient is zero), largest and whole fp32 [D] (of a dimension's coefficients the
-    largest, and their sum), codes uint8 [K, R], scale fp32 [K] with `unit` in it, bias fp32 [K]."""
+    largest, and their sum), codes uint8 [K, R], rows that are padded to ROW_ALIGN bytes, scale fp32 [K] with `unit` in
+    it, bias fp32 [K]."""
 
     dimension: torch.Tensor
     coefficient: torch.Tensor
@@ -52,17 +56,19 @@ class DevicePlanes:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+        width = -(-planes.codes.shape[1] // ROW_ALIGN) * ROW_ALIGN
+
         def by_bit(array: np.ndarray) -> torch.Tensor:
-            padded = np.zeros(8 * planes.codes.shape[1], array.dtype)
+            padded = np.zeros(8 * width, array.dtype)
             padded[: array.size] = array
-            return put(padded.reshape(-1, 8).T)
+            return put(padded.reshape(-1, 8))
 
         return cls(
             by_bit(dimension.astype(np.int32)),
             by_bit(coefficient),
             put(largest),
             put(whole),
-            put(planes.codes),
+            put(np.pad(planes.codes, ((0, 0), (0, width - planes.codes.shape[1])))),
             put(scale),
             put(planes.bias.astype(np.float32)),
             planes.noise,
@@ -72,7 +78,7 @@ class DevicePlanes:
 class DeviceSketch:
     """A layer's PlaneSketch on the device; its rows are the neurons from `first` on, the ones before are pinned.
 
-    dimension, coefficient [8, W] of both matrices; largest [D] of both.
+    dimension, coefficient [W, 8] of both matrices; largest [D] of both.
     """
 
     def __init__(self, sketch: PlaneSketch, device: torch.device) -> None:
@@ -84,8 +90,8 @@ class DeviceSketch:
         self.gate = None if sketch.gate is None else DevicePlanes.of(sketch.gate, device)
         self.up = DevicePlanes.of(sketch.up, device)
         both = [self.up] if self.gate is None else [self.gate, self.up]
-        self.dimension = torch.cat([p.dimension for p in both], dim=1)
-        self.coefficient = torch.cat([p.coefficient for p in both], dim=1)
+        self.dimension = torch.cat([p.dimension for p in both])
+        self.coefficient = torch.cat([p.coefficient for p in both])
         self.largest = torch.stack([p.largest for p in both]).amax(0)
         norm = sketch.down_norm
         self.down_norm = None if norm is None else torch.from_numpy(norm.astype(np.float32)).to(device)
@@ -93,7 +99,7 @@ class DeviceSketch:
     @property
     def width(self) -> int:
         """W."""
-        return self.dimension.shape[1]
+        return self.dimension.shape[0]
 
     @property
     def num_bytes(self) -> int:
@@ -106,7 +112,8 @@ class DeviceSketch:
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Scratch. digits int8 [G, 8, 16, W]: columns 3 b to 3 b + 2 are row b of a group, the highest digit first; facts
+    """Scratch. digits int8 [G, 8, 16, W]: columns 3 b to 3 b + 2 are row b of a group, the highest digit first, or [B,
+    24, W]: bit b of byte r of plane 8 d + i is bit i of the d-th digit, the lowest one first, of plane 8 r + b; facts
     fp32 [B, 3]: what a unit of the last digit is worth, and the sums of z of the first and of the second matrix."""
 
     digits: torch.Tensor
@@ -126,14 +133,14 @@ class Digits:
 @triton.jit  # type: ignore[untyped-decorator]
 def _digits(  # type: ignore[no-untyped-def]
     x, norm, dimension, coefficient, largest, whole1, whole2, digits, facts, h, eps, D: tl.constexpr,
-    WIDE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, CHAINED: tl.constexpr,
+    WIDE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """z = (x normed)[dimension] * coefficient in digits; x normed to h; the row's facts."""
+    """z = (x normed)[dimension] * coefficient in digits, or in the digits' bits; x normed to h; the row's facts."""
     place, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1)
     bit, column = tl.arange(0, 8), tl.arange(0, WIDE)
     there = column < D
-    inside = (place < WIDTH)[None, :] & (bit >= 0)[:, None]
-    at = bit[:, None] * WIDTH + place[None, :]
+    inside = (place < WIDTH)[:, None] & (bit >= 0)[None, :]
+    at = place[:, None] * 8 + bit[None, :]
     source, factor = tl.load(dimension + at, mask=inside, other=0), tl.load(coefficient + at, mask=inside, other=0.0)
     weight, most = tl.load(norm + column, mask=there, other=0.0), tl.load(largest + column, mask=there, other=0.0)
     factor *= tl.load(norm + source, mask=inside, other=0.0)
@@ -155,10 +162,19 @@ def _digits(  # type: ignore[no-untyped-def]
     number = (number - low) >> 8
     middle = ((number + 128) & 255) - 128
     high = (number - middle) >> 8
-    to = digits + (((row // 4) * 8 + bit[:, None]) * 16 + 3 * (row % 4)) * WIDTH + place[None, :]
-    tl.store(to, high.to(tl.int8), mask=inside)
-    tl.store(to + WIDTH, middle.to(tl.int8), mask=inside)
-    tl.store(to + 2 * WIDTH, low.to(tl.int8), mask=inside)
+    if PLANES:
+        number = ((high & 255) << 16) | ((middle & 255) << 8) | (low & 255)
+        for i in tl.static_range(0, 24, 4):  # four planes at once, a byte of a word each
+            spread = ((((number >> i) & 15) * 0x204081) & 0x01010101) << bit[None, :]
+            word = tl.sum(spread, 1)
+            for j in tl.static_range(4):
+                to = digits + (row * 24 + i + j) * WIDTH + place
+                tl.store(to, ((word >> (8 * j)) & 255).to(tl.int8), mask=place < WIDTH)
+    else:
+        to = digits + (((row // 4) * 8 + bit[None, :]) * 16 + 3 * (row % 4)) * WIDTH + place[:, None]
+        tl.store(to, high.to(tl.int8), mask=inside)
+        tl.store(to + WIDTH, middle.to(tl.int8), mask=inside)
+        tl.store(to + 2 * WIDTH, low.to(tl.int8), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -310,12 +326,13 @@ def plane_masks(
     """mask uint8 [B, F] of x fp32 [B, D] once it has passed an RMS norm: 1 where the score reaches the threshold, and
     for neurons that have no sketch nothing is written. h fp32 [B, D]: gets x normed. scores fp32 [B, K]: gets the
     scores."""
-    up, gate, (rows, hidden) = sketch.up, sketch.gate, x.shape
-    first, width, num = up if gate is None else gate, sketch.width, up.codes.shape[0]
-    _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
-        x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
-        scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, **chained(x),
-    )  # fmt: skip
+    bits, rows = by_bits(x), x.shape[0]
+    make_digits(x, norm, eps, sketch, scratch, h, bits)
+    if bits:
+        _score_bits(sketch, threshold, scratch, mask, scores, rows)
+        return
+    up, gate, width, num = sketch.up, sketch.gate, sketch.width, sketch.up.codes.shape[0]
+    first = up if gate is None else gate
     sizes = first.codes.shape[1], up.codes.shape[1]
     (gate_tiles, gate_rest), (up_tiles, up_rest) = (_tiles(size) for size in sizes)
     _masks[(triton.cdiv(num, _NEURONS), triton.cdiv(rows, _ROWS))](
@@ -325,6 +342,46 @@ def plane_masks(
         C=_BYTES, GATE_T=gate_tiles, GATE_REST=gate_rest, UP_T=up_tiles, UP_REST=up_rest, ROWS=min(rows, _ROWS),
         ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None, PACKED=compiled(),
         AHEAD=_AHEAD, **chained(x),
+    )  # fmt: skip
+
+
+def make_digits(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, sketch: DeviceSketch, scratch: Digits, h: torch.Tensor, bits: bool
+) -> None:
+    """What the vectors' side of the products is, as digits or as their bits; see `plane_masks`."""
+    (rows, hidden), width, up = x.shape, sketch.width, sketch.up
+    first = up if sketch.gate is None else sketch.gate
+    _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
+        x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
+        scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, PLANES=bits,
+        **chained(x),
+    )  # fmt: skip
+
+
+def _score_bits(
+    sketch: DeviceSketch,
+    threshold: float,
+    scratch: Digits,
+    mask: torch.Tensor,
+    scores: torch.Tensor | None,
+    rows: int,
+) -> None:
+    """The second half of `plane_masks` by products of bits."""
+    from runtime.kernels.gluon_scores import score_bits
+
+    up, gate, num = sketch.up, sketch.gate, sketch.up.codes.shape[0]
+    first = up if gate is None else gate
+    words = [p.codes.view(torch.int32) for p in (first, up)]
+    sizes = [w.shape[1] for w in words]
+    warps = 2 if rows == 1 else 1
+    ahead = [min(_WORDS_AHEAD if gate is not None else 256, triton.cdiv(size, 16) * 16) for size in sizes]
+    score_bits[(triton.cdiv(num, 16 * warps), triton.cdiv(rows, _ROWS))](
+        scratch.digits.view(torch.int32), scratch.facts, words[0], first.scale, first.bias, words[1], up.scale, up.bias,
+        up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
+        threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1],
+        WIDTH=sketch.width // 4, WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act],
+        GATED=gate is not None, SCORED=scores is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0],
+        num_warps=warps, **chained(mask),
     )  # fmt: skip
 
 
