@@ -21,7 +21,7 @@ from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
 from runtime.kernels.triton_matvec import norm_rows
-from runtime.kernels.triton_neurons import Scratch, add_ffn
+from runtime.kernels.triton_neurons import Scratch, add_ffn, add_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ class Wanted:
     h: torch.Tensor
     mask: torch.Tensor | None
     live: torch.Tensor
+    norm: Norm
 
 
 class GpuFFN:
@@ -143,11 +144,11 @@ class GpuFFN:
     def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
         """The first half of `decode`."""
         h, mask = self._h[: x.shape[0]], None
-        if self.masks is None:
-            norm.of(x, h)
-        else:
+        if self.masks is not None:
             mask = self.masks.of(layer, x, norm, h)
-        return Wanted(layer, x, h, mask, live)
+        elif not self._alone(layer, x):
+            norm.of(x, h)
+        return Wanted(layer, x, h, mask, live, norm)
 
     def visit(self, wanted: Wanted) -> None:
         """What the host does between both halves where `visited`: here nothing, so that one graph holds a step."""
@@ -155,11 +156,22 @@ class GpuFFN:
     def answer(self, wanted: Wanted) -> None:
         """The second half of `decode`."""
         layer = wanted.layer
+        if self.masks is None and self._alone(layer, wanted.x):
+            x, norm = wanted.x, wanted.norm
+            add_whole(
+                x, norm.weight, norm.eps, self._records[layer], self._name, x, self._scratch, self.slots.counters,
+                wanted.live,
+            )  # fmt: skip
+            return
         active_at = None if self._active_at is None else self._active_at[layer]
         add_ffn(
             wanted.h, self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,
             self.slots.used[layer], self.slots.counters, wanted.live,
         )  # fmt: skip
+
+    def _alone(self, layer: int, x: torch.Tensor) -> bool:
+        """Whether one row meets a layer that lies in slots as a whole."""
+        return x.shape[0] == 1 and self._records[layer].resident and self._active_at is None
 
     def settle(self) -> None:
         """The GPU is done with a step."""

@@ -29,24 +29,38 @@ def _matvec(  # type: ignore[no-untyped-def]
         column = i * W + tl.arange(0, W)
         tiles += (tl.load(base + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0),)  # type: ignore[assignment]
     after_others(CHAINED)
-    sums, square = tl.zeros([N, B, W], tl.float32), tl.zeros([B, W], tl.float32)
-    for i in tl.static_range(T):
-        column = i * W + tl.arange(0, W)
-        inside = column < D
-        xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        if NORMED:
-            square += xs * xs
-            xs *= tl.load(norm + column, mask=inside, other=0.0)[None, :]
-        sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
-    total = tl.sum(sums, 2)  # [N, B]
-    if NORMED:
-        total *= tl.rsqrt(tl.sum(square, 1) / D + eps)[None, :]
-    if BIASED:
-        total += tl.load(bias + ids, mask=there, other=0.0)[:, None]
-    at = out + row[None, :] * num + ids[:, None]
+    at, before = out + row[None, :] * num + ids[:, None], tl.zeros([N, B], tl.float32)
     if ADDED:
-        total += tl.load(at, mask=there[:, None], other=0.0)
-    tl.store(at, total, mask=there[:, None])
+        before += tl.load(at, mask=there[:, None], other=0.0)
+    if BIASED:
+        before += tl.load(bias + ids, mask=there, other=0.0)[:, None]
+    if B == 1:  # one row needs no dimension of its own
+        sums1, square1 = tl.zeros([N, W], tl.float32), tl.zeros([W], tl.float32)
+        for i in tl.static_range(T):
+            column = i * W + tl.arange(0, W)
+            inside = column < D
+            xs1 = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+            if NORMED:
+                square1 += xs1 * xs1
+                xs1 *= tl.load(norm + column, mask=inside, other=0.0)
+            sums1 += tiles[i].to(tl.float32) * xs1[None, :]
+        total = tl.sum(sums1, 1)[:, None]
+        if NORMED:
+            total *= tl.rsqrt(tl.sum(square1, 0) / D + eps)
+    else:
+        sums, square = tl.zeros([N, B, W], tl.float32), tl.zeros([B, W], tl.float32)
+        for i in tl.static_range(T):
+            column = i * W + tl.arange(0, W)
+            inside = column < D
+            xs = tl.load(x + row[:, None] * D + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            if NORMED:
+                square += xs * xs
+                xs *= tl.load(norm + column, mask=inside, other=0.0)[None, :]
+            sums += tiles[i].to(tl.float32)[:, None, :] * xs[None, :, :]
+        total = tl.sum(sums, 2)  # [N, B]
+        if NORMED:
+            total *= tl.rsqrt(tl.sum(square, 1) / D + eps)[None, :]
+    tl.store(at, total + before, mask=there[:, None])
 
 
 def matvec(

@@ -25,6 +25,7 @@ _SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the
 _FEW, _LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
 _PROGRAMS, _WARPS = 396, 4  # of these, three a processor of an H100
 _FACTOR_PROGRAMS = 1056
+_WHOLE_ROWS, _WHOLE_AHEAD, _WHOLE_WIDE = 8, 2, 512  # of downs of a whole layer: a tile, how many at once, columns
 _LISTED, _PAST = 512, 32768  # neurons of a program that lists, and of those before that it counts at once
 _FETCHED = 16384  # weights of records that a program has under way, at most
 _TILES = (1024, 512, 256)  # of a vector at once
@@ -65,8 +66,8 @@ class Scratch:
     def make(cls, rows: int, num_neurons: int, hidden: int, device: torch.device) -> Scratch:
         """For up to so many rows."""
         return cls(
-            torch.zeros(num_neurons, dtype=torch.int32, device=device),
-            torch.zeros(num_neurons, dtype=torch.int64, device=device),
+            torch.zeros(num_neurons + _PROGRAMS, dtype=torch.int32, device=device),
+            torch.zeros(num_neurons + _PROGRAMS, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(rows * num_neurons, device=device),
             torch.zeros(sums(rows) * hidden, device=device),
@@ -81,7 +82,8 @@ def sums(rows: int) -> int:
 @triton.jit  # type: ignore[untyped-decorator]
 def _list(  # type: ignore[no-untyped-def]
     mask, live, table, used, ids, places, count, counters, slab, home, where, stride, NUM: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, INDIRECT: tl.constexpr, CHAINED: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, PAST: tl.constexpr, WORDS: tl.constexpr, INDIRECT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Each program writes ids and addresses of its block behind those of the blocks before, which it counts itself."""
     block = tl.program_id(0)
@@ -95,12 +97,21 @@ def _list(  # type: ignore[no-untyped-def]
     before = tl.zeros([], tl.int32)
     at = block * 0
     while at < block * BLOCK:
-        earlier = at + tl.arange(0, PAST)
-        taken = tl.zeros([PAST], tl.int32)
-        for other in tl.static_range(B):
-            there = (earlier < block * BLOCK) & (tl.load(live + other) != 0)
-            taken |= tl.load(mask + other * NUM + earlier, mask=there, other=0).to(tl.int32)
-        before += tl.sum(taken)
+        if WORDS:  # four neurons of a word at once: two counts of two in it, then their sums
+            earlier = at // 4 + tl.arange(0, PAST // 4)
+            words = tl.zeros([PAST // 4], tl.int32)
+            for other in tl.static_range(B):
+                there = (earlier < block * BLOCK // 4) & (tl.load(live + other) != 0)
+                words |= tl.load(mask.to(tl.pointer_type(tl.int32)) + other * (NUM // 4) + earlier, mask=there, other=0)
+            both = tl.sum((words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF))
+            before += (both & 0xFFFF) + (both >> 16)
+        else:
+            earlier = at + tl.arange(0, PAST)
+            taken = tl.zeros([PAST], tl.int32)
+            for other in tl.static_range(B):
+                there = (earlier < block * BLOCK) & (tl.load(live + other) != 0)
+                taken |= tl.load(mask + other * NUM + earlier, mask=there, other=0).to(tl.int32)
+            before += tl.sum(taken)
         at += PAST
     taken, predicted = tl.max(own, 0), tl.sum(tl.sum(own, 1), 0).to(tl.int64)
     k = before + tl.cumsum(taken, 0) - taken
@@ -283,23 +294,142 @@ def _down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _neurons(  # type: ignore[no-untyped-def]
-    x, ids, places, count, mask, live, active_at, partial, counters, slab, slab_end, NUM: tl.constexpr,
-    GATE_AT: tl.constexpr, UP_AT: tl.constexpr, DOWN_AT: tl.constexpr, GATE_SCALE: tl.constexpr,
-    UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr,
-    COUNTED: tl.constexpr, CHAINED: tl.constexpr,
+def _whole(  # type: ignore[no-untyped-def]
+    x, norm, table, live, h, slab, stride, eps, NUM: tl.constexpr, GATE_AT: tl.constexpr, UP_AT: tl.constexpr,
+    GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """`_factors` and `_down` of few rows in one: a program's neurons one after the other, each from its one end to the
-    other; the next one's gate and up are on their way while down is. partial[program, row]."""
-    row = tl.arange(0, B)
-    alive = tl.load(live + row) != 0
-    first = tl.program_id(0)
-    k = first + tl.arange(0, 1)
+    """h[k] = the k-th neuron's factor of one row x, which passes an RMS norm, where the layer's records all lie in the
+    slab, in their order: nothing is looked up, and all that a program reads is on its way at once."""
+    k = tl.program_id(0) * N + tl.arange(0, N)
+    there = k < NUM
+    place = slab + (tl.load(table) + k).to(tl.int64) * stride
+    ups, gates = _fetched(place, there, UP_AT, D, W, T, TYPE, ALIGN), ()
+    if GATED:
+        gates = _fetched(place, there, GATE_AT, D, W, T, TYPE, ALIGN)
+    alive = tl.load(live) != 0
     after_others(CHAINED)
-    total = tl.load(count)
+    up, gate, square = tl.zeros([N, W], tl.float32), tl.zeros([N, W], tl.float32), tl.zeros([W], tl.float32)
+    for i in tl.static_range(T):
+        column = i * W + tl.arange(0, W)
+        xs = tl.load(x + column, mask=column < D, other=0.0)
+        square += xs * xs
+        xs *= tl.load(norm + column, mask=column < D, other=0.0)
+        up += ups[i].to(tl.float32) * xs[None, :]
+        if GATED:
+            gate += gates[i].to(tl.float32) * xs[None, :]
+    scale = tl.rsqrt(tl.sum(square, 0) / D + eps)
+    value = tl.sum(up, 1) * scale
+    if SCALED:
+        value *= tl.load((place + UP_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
+    if GATED:
+        z = tl.sum(gate, 1) * scale
+        if SCALED:
+            z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
+        z = activated(z, ACT)
+        value = tl.where(z == 0, 0.0, z * value)
+    else:
+        value = activated(value, ACT)
+    tl.store(h + k, tl.where(alive, value, 0.0), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _whole_down(  # type: ignore[no-untyped-def]
+    h, table, live, partial, counters, slab, stride, NUM: tl.constexpr, DOWN_AT: tl.constexpr,
+    DOWN_SCALE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, U: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr,
+    ALIGN: tl.constexpr, SCALED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """As `_down` of such a layer: factors of zero are left out, U tiles of N neurons are read at once."""
+    lane, step = tl.arange(0, N), tl.num_programs(0) * N
+    column = tl.program_id(1) * W + tl.arange(0, W)
+    base = slab + tl.load(table).to(tl.int64) * stride
+    alive = tl.load(live) != 0
+    after_others(CHAINED)
+    out, hits = tl.zeros([W], tl.float32), tl.zeros([], tl.int64)
+    first, factors = tl.program_id(0) * N, ()
+    for u in tl.static_range(U):
+        k = first + u * step + lane
+        factors += (tl.load(h + k, mask=k < NUM, other=0.0),)  # type: ignore[assignment]
+    while first < NUM:
+        vectors, more = (), ()
+        for u in tl.static_range(U):
+            record = base + (first + u * step + lane).to(tl.int64) * stride
+            vectors += _part(record, factors[u], column, DOWN_AT, DOWN_SCALE, D, TYPE, ALIGN, SCALED)
+        first += U * step
+        for u in tl.static_range(U):
+            k = first + u * step + lane
+            more += (tl.load(h + k, mask=k < NUM, other=0.0),)  # type: ignore[assignment]
+        for u in tl.static_range(U):
+            out, hits = _with_part(out, hits, vectors, u)
+        factors = more
+    tl.store(partial + tl.program_id(0) * D + column, out, mask=column < D)
+    if tl.program_id(1) == 0:
+        tl.atomic_add(counters + 3, hits)
+        if (tl.program_id(0) == 0) & alive:
+            tl.atomic_add(counters + 0, NUM)
+            tl.atomic_add(counters + 1, NUM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _part(  # type: ignore[no-untyped-def]
+    place, factor, column, at: tl.constexpr, scale: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr,
+    ALIGN: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Columns of the vectors at `at` of records whose factor is not zero, what they are to be multiplied with, and how
+    many these are."""
+    pointer, there = tl.multiple_of(place.to(tl.pointer_type(TYPE)), ALIGN), factor != 0
+    vector = tl.load(pointer[:, None] + at + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0)
+    if SCALED:
+        factor *= tl.load((place + scale).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
+    return vector, factor, tl.sum(there.to(tl.int64), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _with_part(out, hits, parts, u: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out and hits, and the u-th of `_part`s with them."""
+    return out + tl.sum(parts[3 * u + 1][:, None] * parts[3 * u].to(tl.float32), 0), hits + parts[3 * u + 2]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _neurons(  # type: ignore[no-untyped-def]
+    x, ids, places, mask, live, table, used, active_at, partial, counters, slab, slab_end, home, where, stride,
+    NUM: tl.constexpr, GATE_AT: tl.constexpr, UP_AT: tl.constexpr, DOWN_AT: tl.constexpr, GATE_SCALE: tl.constexpr,
+    UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, SHARE: tl.constexpr, LANES: tl.constexpr, TYPE: tl.constexpr,
+    ALIGN: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr, INDIRECT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """`_list`, `_factors` and `_down` of few rows in one. A program has every P-th neuron, SHARE of them at most
+    (LANES: the power of two from there on). It lists those that are wanted and goes through them one after the other,
+    each from its one end to the other; the next one's gate and up are on their way while down is.
+    partial[program, row]."""
+    row, own = tl.arange(0, B), tl.program_id(0) * SHARE
+    alive = tl.load(live + row) != 0
+    candidate = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, LANES)
+    mine = candidate < NUM
+    slot = tl.load(table + candidate, mask=mine, other=-1)
+    uses = tl.load(used + candidate, mask=mine, other=0)
+    after_others(CHAINED)
+    at = mask + row[:, None] * NUM + candidate[None, :]
+    asked = tl.load(at, mask=alive[:, None] & mine[None, :], other=0).to(tl.int32)
+    taken = tl.max(asked, 0)
+    if INDIRECT:
+        elsewhere = tl.load(where + candidate, mask=(taken > 0) & (slot < 0), other=0)
+    else:
+        elsewhere = home + candidate.to(tl.int64) * stride
+    k = own + tl.cumsum(taken, 0) - taken
+    tl.store(ids + k, candidate, mask=taken > 0)
+    tl.store(places + k, tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, elsewhere), mask=taken > 0)
+    tl.store(used + candidate, uses + 1, mask=taken > 0)
+    total = tl.sum(taken)
+    tl.atomic_add(counters + 0, total.to(tl.int64))
+    tl.atomic_add(counters + 1, tl.sum(((slot >= 0) & (taken > 0)).to(tl.int32)).to(tl.int64))
+    tl.atomic_add(counters + 5, tl.sum(tl.sum(asked, 1), 0).to(tl.int64))
+    tl.debug_barrier()
+    first, total = own, own + total
+    k = first + tl.arange(0, 1)
     active, misses, hits = tl.zeros([], tl.int64), tl.zeros([], tl.int64), tl.zeros([], tl.int64)
-    neuron, place = tl.load(ids + k, mask=k < NUM, other=0), tl.load(places + k, mask=k < NUM, other=0)
+    neuron, place = tl.load(ids + k, mask=k < total, other=0), tl.load(places + k, mask=k < total, other=0)
     ups, gates, sums = _fetched(place, k < total, UP_AT, D, W, T, TYPE, ALIGN), (), ()
     if GATED:
         gates = _fetched(place, k < total, GATE_AT, D, W, T, TYPE, ALIGN)
@@ -307,12 +437,12 @@ def _neurons(  # type: ignore[no-untyped-def]
         sums += (tl.zeros([B, W], tl.float32),)  # type: ignore[assignment]
     while first < total:
         there = k < total
-        first += tl.num_programs(0)
+        first += 1
         k = first + tl.arange(0, 1)
-        following, after = tl.load(ids + k, mask=k < NUM, other=0), tl.load(places + k, mask=k < NUM, other=0)
-        own = there[:, None] & alive[None, :]
+        following, after = tl.load(ids + k, mask=k < total, other=0), tl.load(places + k, mask=k < total, other=0)
+        wants = there[:, None] & alive[None, :]
         if B > 1:  # one row alone wants all that is listed
-            own = own & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=own, other=0) != 0)
+            wants = wants & (tl.load(mask + row[None, :] * NUM + neuron[:, None], mask=wants, other=0) != 0)
         if COUNTED:
             least = tl.load(active_at + neuron, mask=there, other=0.0)
         up = _dots(ups, place, there, x, row, UP_AT, D, 1, B, W, T, T, TYPE, ALIGN)
@@ -324,7 +454,7 @@ def _neurons(  # type: ignore[no-untyped-def]
             if SCALED:
                 z *= tl.load((place + GATE_SCALE).to(tl.pointer_type(tl.float32)), mask=there, other=0.0)[:, None]
         z = activated(z, ACT)
-        value = tl.where(own, tl.where(z == 0, 0.0, z * up) if GATED else z, 0.0)  # [1, B]
+        value = tl.where(wants, tl.where(z == 0, 0.0, z * up) if GATED else z, 0.0)  # [1, B]
         wanted = tl.max((value != 0).to(tl.int32), 1) != 0
         downs = _fetched(place, wanted, DOWN_AT, D, W, T, TYPE, ALIGN)
         ups = _fetched(after, k < total, UP_AT, D, W, T, TYPE, ALIGN)
@@ -368,6 +498,40 @@ def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexp
     tl.store(out + place, before + tl.sum(sums, 0), mask=inside)
 
 
+def add_whole(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    records: Records,
+    act: str,
+    out: torch.Tensor,
+    scratch: Scratch,
+    counters: torch.Tensor,
+    live: torch.Tensor,
+) -> None:
+    """As `add_ffn`, of one row and a whole layer whose records all lie in slots, in their order; x fp32 [1, D] passes
+    an RMS norm (weight fp32 [D]) first, and may be `out`."""
+    hidden, num, layout = x.shape[1], records.table.shape[0], records.layout
+    item, cuda = layout.dtype.item_bytes, x.is_cuda
+    at = {v.name: v.offset // item for v in layout.vectors}
+    scale = {v.name: v.scale_offset for v in layout.vectors}
+    kind = {"TYPE": _TYPES[layout.dtype], "SCALED": layout.dtype is BundleDtype.INT8}
+    kind["ALIGN"] = math.gcd(layout.stride, *(v.offset for v in layout.vectors), 16)
+    slab, t = records.slab.data_ptr(), _tiling(1, hidden, layout.gated)
+    _whole[(triton.cdiv(num, t.factors),)](
+        x, norm, records.table, live, scratch.h, slab, layout.stride, eps, NUM=num, GATE_AT=at.get("gate", 0),
+        UP_AT=at["up"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"], GATED=layout.gated, ACT=ACTS[act],
+        D=hidden, N=t.factors, W=t.wide, T=triton.cdiv(hidden, t.wide), num_warps=t.warps, **kind, **chained(x),
+    )  # fmt: skip
+    programs = _PROGRAMS if cuda else 3
+    _whole_down[(programs, triton.cdiv(hidden, _WHOLE_WIDE))](
+        scratch.h, records.table, live, scratch.partial, counters, slab, layout.stride, NUM=num, DOWN_AT=at["down"],
+        DOWN_SCALE=scale["down"], D=hidden, N=_WHOLE_ROWS, U=_WHOLE_AHEAD, W=_WHOLE_WIDE, num_warps=_WHOLE_WIDE // 256,
+        **kind, **chained(x),
+    )  # fmt: skip
+    _sum(scratch.partial, out, programs)
+
+
 def add_ffn(
     x: torch.Tensor,
     records: Records,
@@ -397,24 +561,27 @@ def add_ffn(
     kind["ALIGN"] = math.gcd(stride, *(v.offset for v in layout.vectors), 16)
     home, slab = records.home.data_ptr(), records.slab.data_ptr()
     masks = used if mask is None else mask
+    if mask is not None and rows <= _FEW and hidden <= _LONGEST and not records.resident:
+        programs, wide = _PROGRAMS if cuda else 3, _wide(rows, hidden)
+        share = triton.cdiv(num, programs)
+        _neurons[(programs,)](
+            x, scratch.ids, scratch.places, mask, live, records.table, used,
+            scratch.h if active_at is None else active_at, scratch.partial, counters, slab, slab + records.slab.nbytes,
+            home, records.table if records.where is None else records.where, stride, NUM=num,
+            GATE_AT=at.get("gate", 0), UP_AT=at["up"], DOWN_AT=at["down"], GATE_SCALE=scale.get("gate", 0),
+            UP_SCALE=scale["up"], DOWN_SCALE=scale["down"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, W=wide,
+            T=triton.cdiv(hidden, wide), SHARE=share, LANES=triton.next_power_of_2(share),
+            COUNTED=active_at is not None, INDIRECT=records.where is not None, num_warps=_WARPS, **kind, **chained(x),
+        )  # fmt: skip
+        _sum(scratch.partial, out, programs)
+        return
     if mask is not None:
         past = min(_PAST, triton.next_power_of_2(num))
         _list[(triton.cdiv(num, _LISTED),)](
             mask, live, records.table, used, scratch.ids, scratch.places, scratch.count, counters, slab, home,
             records.table if records.where is None else records.where, stride, NUM=num, B=rows, BLOCK=_LISTED,
-            PAST=past, INDIRECT=records.where is not None, num_warps=8, **chained(x),
+            PAST=past, WORDS=num % 4 == 0, INDIRECT=records.where is not None, num_warps=8, **chained(x),
         )  # fmt: skip
-    if mask is not None and rows <= _FEW and hidden <= _LONGEST and not records.resident:
-        programs, wide = _PROGRAMS if cuda else 3, _wide(rows, hidden)
-        _neurons[(programs,)](
-            x, scratch.ids, scratch.places, scratch.count, mask, live, scratch.h if active_at is None else active_at,
-            scratch.partial, counters, slab, slab + records.slab.nbytes, NUM=num, GATE_AT=at.get("gate", 0),
-            UP_AT=at["up"], DOWN_AT=at["down"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
-            DOWN_SCALE=scale["down"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, W=wide,
-            T=triton.cdiv(hidden, wide), COUNTED=active_at is not None, num_warps=_WARPS, **kind, **chained(x),
-        )  # fmt: skip
-        _sum(scratch.partial, out, programs)
-        return
     t = _tiling(rows, hidden, layout.gated)
     _factors[(_FACTOR_PROGRAMS if cuda else 3,)](
         x, scratch.ids, scratch.places, scratch.count, masks, live, records.table,
