@@ -36,6 +36,7 @@ from runtime.kernels import triton_launch
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
+from runtime.kernels.triton_inputs import FIELDS, inputs
 from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.sketches import InputStatistics, make_plane_sketch
@@ -54,7 +55,7 @@ def compile_only(capability: int) -> None:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = compiled
-    triton_launch.ASSUMED = capability >= 90
+    triton_launch.ASSUMED = capability // 10
     target = GPUTarget("cuda", capability, 32)
     driver = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
@@ -71,10 +72,14 @@ def cases() -> Iterator[Case]:
         yield f"neurons bf16 rows {rows}", neurons(BundleDtype.BF16, True, "silu", rows)
     yield "neurons int8 rows 16", neurons(BundleDtype.INT8, True, "relu2", 16)
     yield "neurons dense", neurons(BundleDtype.BF16, True, "silu", 1, masked=False)
+    for dtype in BundleDtype:
+        for gated in (True, False):
+            yield f"a whole layer {dtype.value} {'gated' * gated}", whole(dtype, gated)
     yield "neurons by address", neurons(BundleDtype.BF16, True, "silu", 1, by_address=True)
     for rows in (1, 16):
         for gated, act in ((True, "silu"), (True, "relu2"), (False, "relu2")):
-            yield f"planes {'gated ' * gated}{act} rows {rows}", planes(gated, act, rows)
+            for bits in (False, True):
+                yield f"planes {'gated ' * gated}{act} rows {rows} {'by bits' * bits}", planes(gated, act, rows, bits)
         for kind in (torch.float32, torch.float16, torch.bfloat16):
             yield f"gates {kind} rows {rows}", gates(kind, rows)
             if kind is not torch.float16:
@@ -82,6 +87,7 @@ def cases() -> Iterator[Case]:
     for rows in (1, 4):
         for kind in (torch.float32, torch.bfloat16):
             yield f"projections {kind} rows {rows}", projections(kind, rows)
+    yield "inputs", step_inputs
     yield "copies", copies
 
 
@@ -105,6 +111,19 @@ def neurons(
     return call
 
 
+def whole(dtype: BundleDtype, gated: bool) -> Callable[[], None]:
+    """One row, and all records in slots."""
+
+    def call() -> None:
+        layout = BundleLayout.make(HIDDEN, gated, dtype)
+        home = GpuHome(1, NEURONS, layout, register=False)
+        slots = GpuSlots(home, (NEURONS,), np.ones((1, NEURONS), np.float32), (0,), CPU)
+        ffn = GpuFFN(slots, "relu2", None, None, 1, NEURONS, torch.bfloat16)
+        ffn.decode(0, torch.zeros(1, HIDDEN), norm_of(HIDDEN), torch.ones(1, dtype=torch.int64))
+
+    return call
+
+
 class AllMasks:
     """Every neuron, as one that predicts would say it."""
 
@@ -121,8 +140,11 @@ def norm_of(hidden: int) -> Norm:
     return Norm(torch.ones(hidden), 1e-5)
 
 
-def planes(gated: bool, act: str, rows: int) -> Callable[[], None]:
+def planes(gated: bool, act: str, rows: int, bits: bool) -> Callable[[], None]:
+    """bits: by products of bits, for a GPU that has them."""
+
     def call() -> None:
+        triton_launch.BITS = bits
         rng, hidden = np.random.default_rng(0), 48
         gate, up, down = (rng.standard_normal((40, hidden)).astype(np.float32) for _ in range(3))
         statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
@@ -161,6 +183,12 @@ def projections(dtype: torch.dtype, rows: int) -> Callable[[], None]:
         matvec(x, weight, torch.zeros(rows, NEURONS), added=True)
 
     return call
+
+
+def step_inputs() -> None:
+    fields, tables = torch.zeros(FIELDS, 2, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
+    embedding = torch.zeros(9, HIDDEN, dtype=torch.bfloat16)
+    inputs(torch.zeros(2, FIELDS + 5, dtype=torch.int64), embedding, fields, tables, torch.zeros(2, HIDDEN))
 
 
 def copies() -> None:

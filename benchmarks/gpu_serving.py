@@ -12,6 +12,7 @@ import httpx
 from benchmarks.gpu_parts import PROMPTS, SERVED, TEXTS, completion, completions
 from benchmarks.gpu_results import Figures
 from benchmarks.gpu_tiers import memory_below
+from benchmarks.memory_budget import resident_peak_bytes
 from benchmarks.serving import serving
 from clients.load import Plan, run_load
 from clients.scrape import Interval, Scrape, Scraper
@@ -24,15 +25,19 @@ _COUNTERS = ("lookups", "hits", "misses", "insertions", "evictions")
 def http(work: Path, name: str, below: bool = False) -> Figures:
     """One packed model served with 20 % of its FFN on the GPU. below: and with its home on disk."""
     expected = json.loads((work / TEXTS).read_text(encoding="utf-8"))[name]["completions"]
-    arguments = ["--device", "cuda", *SERVED]
+    arguments, memory = ["--device", "cuda", *SERVED], None
     if below:
-        arguments += ["--memory", str(memory_below(work / name, arguments))]
+        memory = memory_below(work / name, arguments)
+        arguments += ["--memory", str(memory)]
     with serving([str(work / name), *arguments]) as served:
         found = completions(served.url)
         turns = [turn(served.url, p, b) for p, a, b in zip(PROMPTS, found, expected, strict=True) if a != b]
         load = under_load(served.url)
         health = httpx.get(f"{served.url}/health").json()
+        peak = resident_peak_bytes(served.process.pid)
     return {
+        "memory_budget_bytes": memory,
+        "memory_peak_bytes": peak,
         "texts": len(found),
         "texts_equal": sum(a == b for a, b in zip(found, expected, strict=True)),
         "first_difference": next(([a, b] for a, b in zip(found, expected, strict=True) if a != b), None),

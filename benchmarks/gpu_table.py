@@ -107,10 +107,14 @@ def _served(steps: Figures) -> Iterator[str]:
         for below in ("", " from disk"):
             if (h := steps.get(f"http {name}{below}")) is not None:
                 on_disk = " and its home on disk" if below else ""
+                budget, kept = h.get("memory_budget_bytes"), ""
+                if budget:
+                    kept = f"; at most {h['memory_peak_bytes'] / 2**20:.0f} of `--memory {budget / 2**20:.0f}MiB`"
                 yield (
                     f"SmolLM2-135M, {title}, over HTTP with 20 % of its FFN on the GPU{on_disk}: {h['texts_equal']} of "
                     f"{h['texts']} greedy texts as on the CPU; {h['load']['tokens_per_s']:.0f} tokens/s for "
-                    f"{h['load']['concurrency']} at once, metrics scraped {h['metrics']['scrapes']} times meanwhile."
+                    f"{h['load']['concurrency']} at once, metrics scraped {h['metrics']['scrapes']} times "
+                    f"meanwhile{kept}."
                 )
 
 

@@ -1,9 +1,9 @@
 """The decoder on a GPU: decode as one CUDA graph for each number of rows, prompts layer by layer. As `runtime.model`.
 
-What the engine sees is the same: batches in, logits on the host out. A decode step is one copy of its inputs, one
-replay and one copy of its logits; attention, predictor, neurons out of slots or main memory and the head are all in the
-graph. Over a home on disk a step is a graph for each layer, with the host between them. On a CPU the same code runs
-without graphs and streams (Triton's interpreter), which is how it is tested.
+What the engine sees is the same: batches in, logits on the host out. A decode step is one replay: inputs, as the host
+has written them, attention, predictor, neurons out of slots or main memory, the head and the way of the logits to the
+host are all in the graph. Over a home on disk a step is a graph for each layer, with the host between them. On a CPU
+the same code runs without graphs and streams (Triton's interpreter), which is how it is tested.
 Shapes: B rows of a bucket, N rows of a batch, D hidden, H heads, d head size, V vocabulary, P blocks of a table.
 """
 
@@ -21,12 +21,13 @@ from runtime.batch import Batch, ModelCounters, SequenceView
 from runtime.config import ModelConfig
 from runtime.gpu_ffn import GpuFFN, Norm, Wanted, product
 from runtime.kernels.triton_attention import Splits, attend
+from runtime.kernels.triton_inputs import FIELDS, inputs
 from runtime.kernels.triton_matvec import MOST_ROWS, matvec
 from runtime.kernels.triton_neurons import ACTIVE, PREDICTED
 from runtime.kv_cache import KVCache
 from runtime.model import LayerWeights, ModelWeights, apply_rope, rms_norm, rope_tables
 
-_FIELDS = 4  # of a row, before its table: token, position, slot, whether it is live
+_BESIDE = 2  # streams that rank slots while the layers go on: a ranking takes longer than a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,11 @@ class _Bucket:
     def __init__(self, rows: int, width: int, vocab_size: int, device: torch.device) -> None:
         pin = device.type == "cuda"
         self.rows = rows
-        self.given = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, pin_memory=pin)
+        self.given = torch.zeros(rows, FIELDS + width, dtype=torch.int64, pin_memory=pin)  # token, position, slot, live
         self.fields = self.given.numpy()  # of the same memory: a few numbers are written faster so
-        self.inputs = torch.zeros(rows, _FIELDS + width, dtype=torch.int64, device=device)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.answer = torch.empty(rows, vocab_size, dtype=torch.float32, pin_memory=pin)
-        self.graphs: dict[bool, Graphs] = {}  # by whether the slots are ranked again
+        self.graphs: dict[int | None, Graphs] = {}  # by which layers' slots are ranked again
 
 
 class GpuModel:
@@ -90,7 +90,8 @@ class GpuModel:
         self._buckets: dict[int, _Bucket] = {}
         self._steps: Counter[str] = Counter(sparse=0, dense=0, prefill=0)
         self._rows = 0
-        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        cuda = self._device.type == "cuda"
+        self._beside = [torch.cuda.Stream(self._device) for _ in range(_BESIDE if cuda else 0)]  # type: ignore[no-untyped-call]
         self._splits = Splits.make(self._sizes[-1], config.num_attention_heads, config.head_dim, self._device)
 
     def counters(self) -> ModelCounters:
@@ -141,18 +142,18 @@ class GpuModel:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode_rows(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor:
-        num = len(batch.sequences)
+        num, size = len(batch.sequences), kv.block_size
         bucket = self._bucket(next(b for b in self._sizes if b >= num), kv)
         fields = bucket.fields
-        fields[:, :_FIELDS] = 0, 0, -1, 0  # padding
-        fields[:num, 0], fields[:num, 1] = batch.token_ids.numpy(), batch.positions.numpy()
-        fields[:num, 2], fields[:num, 3] = kv.slots(batch).numpy(), 1
-        for row, view in enumerate(batch.sequences):
-            width = min(len(view.blocks), fields.shape[1] - _FIELDS)
-            fields[row, _FIELDS : _FIELDS + width] = view.blocks[:width]
-        bucket.inputs.copy_(bucket.given, non_blocking=True)
+        if num < bucket.rows:
+            fields[num:, :FIELDS] = 0, 0, -1, 0  # padding
+        fields[:num, 0], fields[:num, 1], fields[:num, 3] = batch.token_ids.numpy(), batch.positions.numpy(), 1
+        for row, view in enumerate(batch.sequences):  # the GPU waits meanwhile: no arrays are made
+            block, place = divmod(view.start, size)
+            fields[row, 2] = int(view.blocks[block]) * size + place
+            width = min(len(view.blocks), fields.shape[1] - FIELDS)
+            fields[row, FIELDS : FIELDS + width] = view.blocks[:width]
         self._run(bucket, kv, check)
-        bucket.answer.copy_(bucket.logits, non_blocking=True)
         self._ffn.slots.stepped()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -160,10 +161,10 @@ class GpuModel:
         return bucket.answer[:num]
 
     def _run(self, bucket: _Bucket, kv: KVCache, check: Callable[[], None]) -> None:
-        """bucket.logits of bucket.inputs, by its graphs where there are some."""
+        """bucket.answer of bucket.given, by its graphs where there are some."""
         check()
-        due = self._ffn.slots.due
-        for wanted in self._step(bucket, kv, due) if not bucket.graphs else self._replayed(bucket.graphs[due]):
+        turn = self._ffn.slots.turn
+        for wanted in self._step(bucket, kv, turn) if not bucket.graphs else self._replayed(bucket.graphs[turn]):
             check()
             self._ffn.visit(wanted)
 
@@ -184,12 +185,12 @@ class GpuModel:
             return self._buckets[rows]
         width = -(-self._max_model_len // kv.block_size)
         bucket = _Bucket(rows, width, self.config.vocab_size, self._device)
-        bucket.inputs[:, 2] = -1  # padding alone: nothing is written while it is captured
+        bucket.given[:, 2] = -1  # padding alone: nothing is written while it is captured
         if self._device.type == "cuda":
             self._warm(bucket, kv)
             pool = torch.cuda.graph_pool_handle()
-            for due in (False, True) if self._ffn.slots.ranks else (False,):
-                bucket.graphs[due] = self._captured(bucket, kv, due, pool)
+            for turn in self._ffn.slots.turns:
+                bucket.graphs[turn] = self._captured(bucket, kv, turn, pool)
         self._buckets[rows] = bucket
         return bucket
 
@@ -198,13 +199,13 @@ class GpuModel:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            list(self._step(bucket, kv, False))
+            list(self._step(bucket, kv, None))
             if self._ffn.slots.ranks:
                 self._ffn.slots.rank(0, decay=1.0)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _captured(self, bucket: _Bucket, kv: KVCache, due: bool, pool: Any) -> Graphs:
-        step, graphs = self._step(bucket, kv, due), Graphs()
+    def _captured(self, bucket: _Bucket, kv: KVCache, turn: int | None, pool: Any) -> Graphs:
+        step, graphs = self._step(bucket, kv, turn), Graphs()
         while not graphs or graphs[-1][1] is not None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -212,33 +213,44 @@ class GpuModel:
             graphs.append((graph.replay, wanted))
         return graphs
 
-    def _step(self, bucket: _Bucket, kv: KVCache, due: bool) -> Iterator[Wanted]:
-        """bucket.logits of bucket.inputs; hands out what the host has to see to before it goes on. due: each layer's
-        slots are ranked again, beside the layers after it, which leave the link idle half the time."""
-        tokens, positions, slots, live = bucket.inputs[:, :_FIELDS].T.contiguous()
-        tables = bucket.inputs[:, _FIELDS:].contiguous()
-        x = self._embed[tokens].float()
+    def _step(self, bucket: _Bucket, kv: KVCache, turn: int | None) -> Iterator[Wanted]:
+        """bucket.answer of bucket.given; hands out what the host has to see to before it goes on. turn: whose slots are
+        ranked again, each beside the layers after it, which leave the link idle at times."""
+        rows, width = bucket.rows, bucket.given.shape[1] - FIELDS
+        fields = torch.empty(FIELDS, rows, dtype=torch.int64, device=self._device)
+        tables = torch.empty(rows, width, dtype=torch.int64, device=self._device)
+        x = torch.empty(rows, self.config.hidden_size, device=self._device)
+        inputs(bucket.given, self._embed, fields, tables, x)
+        _, positions, slots, live = fields
+        ranking: list[torch.cuda.Stream] = []
         for layer, w in enumerate(self._layers):
             self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
             wanted = self._ffn.ask(layer, x, w.ffn_norm, live)
             if self._ffn.visited:
                 yield wanted
             self._ffn.answer(wanted)
-            if due:
-                self._rank(layer)
-        if bucket.rows <= MOST_ROWS:
+            if self._ffn.slots.has_turn(layer, turn):
+                self._rank(layer, ranking)
+        if rows <= MOST_ROWS:
             matvec(x, self._head, bucket.logits, self._norm, self.config.rms_norm_eps)
         else:
             bucket.logits.copy_(self._logits(x))
-        if due and self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
+        bucket.answer.copy_(bucket.logits, non_blocking=True)
+        for stream in ranking:
+            torch.cuda.current_stream().wait_stream(stream)
+        self._ffn.slots.note()
 
-    def _rank(self, layer: int) -> None:
-        if self._beside is None:
+    def _rank(self, layer: int, ranking: list[torch.cuda.Stream]) -> None:
+        """On one of the streams beside, in turn; ranking: those that are in use so far."""
+        if not self._beside:
             self._ffn.slots.rank(layer)
             return
-        self._beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._beside):
+        stream = self._beside[0]
+        self._beside.append(self._beside.pop(0))
+        if stream not in ranking:
+            ranking.append(stream)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._ffn.slots.rank(layer)
 
     def _attended(

@@ -1,8 +1,8 @@
 """Which neurons are in GPU memory: slab, slot table and counters, all on the device, and the ranking that moves them.
 
 Which neurons have a slot decides where bytes come from and nothing else. The hot set starts from the profile and is
-ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), each layer once a step is
-done with it, by the device alone; over a home on disk it stays as it is.
+ranked again from what was wanted (decayed frequency; benchmarks/LOG.md has the intervals), each layer in its turn and
+once a step is done with it, by the device alone; over a home on disk it stays as it is.
 Shapes: L layers, F neurons, S slots.
 """
 
@@ -94,13 +94,22 @@ class GpuSlots:
 
     def stepped(self) -> None:
         """After each decode step."""
-        self.note()
         self._steps += 1
 
     @property
-    def due(self) -> bool:
-        """Whether the hot set is to be ranked again in the step that comes next."""
-        return self.ranks and (self._steps + 1) % self.interval == 0
+    def turns(self) -> tuple[int | None, ...]:
+        """All that `turn` can be."""
+        return tuple(range(self.interval)) if self.ranks else (None,)
+
+    @property
+    def turn(self) -> int | None:
+        """Whose slots are to be ranked again in the step that comes next: every interval-th layer's, by turns, so that
+        the link has as much to do in every step. None: of no layer."""
+        return self._steps % self.interval if self.ranks else None
+
+    def has_turn(self, layer: int, turn: int | None) -> bool:
+        """Whether a layer is ranked again in the steps of a turn."""
+        return turn is not None and layer % self.interval == turn
 
     def rank(self, layer: int, decay: float | None = None) -> None:
         """A layer's neurons most wanted of late take the slots of those least wanted. Nobody may read them meanwhile.

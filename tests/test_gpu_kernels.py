@@ -16,10 +16,12 @@ from runtime.sketches import InputStatistics, make_plane_sketch
 
 pytest.importorskip("triton")
 
+from runtime.kernels import triton_launch
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
+from runtime.kernels.triton_inputs import FIELDS, inputs
+from runtime.kernels.triton_masks import DeviceSketch, Digits, make_digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.kernels.triton_neurons import (
     ACTIVE,
@@ -32,11 +34,13 @@ from runtime.kernels.triton_neurons import (
     Records,
     Scratch,
     add_ffn,
+    add_whole,
 )
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN, NEURONS, SLOTS = 24, 150, 40
+WAYS = (False, True) if DEVICE.type == "cuda" else (False,)  # of scoring: by digits, by products of bits
 
 
 def put(array: np.ndarray) -> torch.Tensor:
@@ -94,6 +98,76 @@ def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) 
     np.testing.assert_array_equal(used.cpu().numpy(), union)
 
 
+@pytest.mark.parametrize("by_address", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", list(BundleDtype))
+def test_few_rows_list_their_neurons_themselves(dtype: BundleDtype, rows: int, by_address: bool) -> None:
+    rng = np.random.default_rng(7)
+    layout = BundleLayout.make(HIDDEN, True, dtype)
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    records = pack_records(layout, vectors)
+    hot = rng.permutation(NEURONS)[:SLOTS]
+    x, mask = rng.standard_normal((rows, HIDDEN)).astype(np.float32), rng.random((rows, NEURONS)) < 0.3
+    least = np.full(NEURONS, 0.5, np.float32)
+    out, used = torch.ones(rows, HIDDEN, device=DEVICE), torch.zeros(NEURONS, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
+    both, scratch = poisoned(records, hot, layout), Scratch.make(rows, NEURONS, HIDDEN, DEVICE)
+    where = both
+    if by_address:
+        addresses = both.home.data_ptr() + torch.arange(NEURONS, device=DEVICE) * layout.stride
+        addresses[torch.from_numpy(hot)] = 0  # nobody asks for these
+        where = Records(both.slab, both.slab, both.table, layout, where=addresses)
+    live = put(np.ones(rows, np.int64))
+    add_ffn(put(x), where, "relu", put(mask.astype(np.uint8)), put(least), out, scratch, used, counters, live)
+    wanted = np.ones((rows, HIDDEN), np.float32)
+    offsets = np.arange(NEURONS) * layout.stride
+    active = ReferenceKernels().ffn(x, records.reshape(-1), offsets, mask, layout, "relu", wanted, least)
+    np.testing.assert_allclose(out.cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
+    union, seen = mask.any(axis=0), counters.tolist()
+    assert (seen[LOOKUPS], seen[HITS]) == (union.sum(), union[hot].sum())
+    assert (seen[ACTIVE], seen[PREDICTED]) == (active, mask.sum())
+    assert 0 < seen[DOWN_HITS] < seen[HITS] and 0 < seen[DOWN_MISSES] < seen[LOOKUPS] - seen[HITS]
+    np.testing.assert_array_equal(used.cpu().numpy(), union)
+
+
+@pytest.mark.parametrize("num", [1200, 1202])  # counted four at a time, and one by one
+def test_a_list_of_many_blocks(num: int) -> None:
+    rng = np.random.default_rng(8)
+    layout = BundleLayout.make(8, False, BundleDtype.FP32)
+    records = pack_records(layout, {v.name: np.ones((num, 8), np.float32) for v in layout.vectors})
+    mask = (rng.random((4, num)) < 0.2).astype(np.uint8)
+    used, scratch = torch.zeros(num, dtype=torch.int32, device=DEVICE), Scratch.make(4, num, 8, DEVICE)
+    counters, x = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE), torch.ones(4, 8, device=DEVICE)
+    live, where = put(np.array([1, 0, 1, 1])), poisoned(records, np.arange(0), layout)
+    add_ffn(x, where, "relu", put(mask), None, torch.zeros_like(x), scratch, used, counters, live)
+    union = np.flatnonzero(mask[[0, 2, 3]].any(axis=0))
+    assert int(scratch.count) == union.size == int(counters[LOOKUPS])
+    np.testing.assert_array_equal(scratch.ids[: union.size].cpu().numpy(), union)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", list(BundleDtype))
+def test_one_row_and_a_layer_whose_records_all_lie_in_slots(dtype: BundleDtype, gated: bool) -> None:
+    rng = np.random.default_rng(9)
+    layout = BundleLayout.make(HIDDEN, gated, dtype)
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    records = pack_records(layout, vectors)
+    first = 3  # slots of the layer before
+    slab = np.full((first + NEURONS + 1, layout.stride), 255, np.uint8)
+    slab[first : first + NEURONS] = records
+    where = Records(put(slab), put(slab), put(np.arange(first, first + NEURONS, dtype=np.int32)), layout, resident=True)
+    x, norm = torch.from_numpy(rng.standard_normal((1, HIDDEN)).astype(np.float32)), torch.rand(HIDDEN) + 0.5
+    wanted = x.numpy().copy()
+    offsets = np.arange(NEURONS) * layout.stride
+    ReferenceKernels().ffn(rms_norm(x, norm, 1e-5).numpy(), records.reshape(-1), offsets, None, layout, "relu2", wanted)
+    scratch, counters = Scratch.make(1, NEURONS, HIDDEN, DEVICE), torch.zeros(NUM_COUNTERS, dtype=torch.int64)
+    counters, out = counters.to(DEVICE), x.to(DEVICE)
+    for live, expected in ((1, wanted), (0, wanted)):  # padding adds nothing
+        add_whole(out, norm.to(DEVICE), 1e-5, where, "relu2", out, scratch, counters, put(np.array([live])))
+        np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=1e-4, atol=1e-3)
+    assert counters.tolist()[:2] == [NEURONS, NEURONS] and counters[DOWN_MISSES] == 0 < counters[DOWN_HITS] < NEURONS
+
+
 def test_sums_do_not_depend_on_slots() -> None:
     rng = np.random.default_rng(1)
     layout = BundleLayout.make(HIDDEN, True, BundleDtype.FP32)
@@ -134,7 +208,7 @@ def test_a_whole_layer_needs_no_mask() -> None:
 @pytest.mark.parametrize("num_pinned", [0, 20])
 @pytest.mark.parametrize("act", ["relu2", "silu"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int) -> None:
+def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(2)
 
     def weight() -> np.ndarray:
@@ -143,20 +217,52 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int) -> Non
     statistics = InputStatistics.of(rng.standard_normal((300, hidden)).astype(np.float32) + 0.2)
     whole = make_plane_sketch(act, weight() if gated else None, weight(), weight(), statistics, 1.69)
     sketch = whole.without(np.arange(70) < num_pinned) if num_pinned else whole
-    x, norm = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, hidden), hidden))
+    rows = 4 if DEVICE.type == "cpu" else 16
+    x, norm = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((rows, hidden), hidden))
     normed = rms_norm(x, norm, 1e-5)
-    wanted = np.empty((4, 70 - num_pinned), np.float32)
+    wanted = np.empty((rows, 70 - num_pinned), np.float32)
     ReferenceKernels().plane_scores(normed.numpy(), sketch, wanted)
-    mask, scores = (torch.full((4, 70), 7, dtype=torch.uint8, device=DEVICE), put(np.empty_like(wanted)))
     ordered = np.sort(wanted.ravel())
-    threshold = float(ordered[140] + ordered[141]) / 2
-    there, h = DeviceSketch(sketch, DEVICE), torch.empty(4, hidden, device=DEVICE)
-    digits = Digits.make(4, there.width, DEVICE)
-    plane_masks(x.to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, digits, h, mask, scores)
-    torch.testing.assert_close(h.cpu(), normed, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scores.cpu().numpy(), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
-    np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted >= threshold)
-    assert (mask[:, :num_pinned] == 7).all()
+    threshold, there = float(ordered[35 * rows] + ordered[35 * rows + 1]) / 2, DeviceSketch(sketch, DEVICE)
+    first: dict[int, torch.Tensor] = {}
+    for bits in WAYS:
+        monkeypatch.setattr(triton_launch, "BITS", bits)
+        for num in {4, rows} if DEVICE.type == "cpu" else {1, 4, rows}:
+            mask, scores = (
+                torch.full((num, 70), 7, dtype=torch.uint8, device=DEVICE),
+                put(np.empty_like(wanted[:num])),
+            )
+            digits, h = Digits.make(num, there.width, DEVICE), torch.empty(num, hidden, device=DEVICE)
+            plane_masks(x[:num].to(DEVICE), norm.to(DEVICE), 1e-5, there, threshold, digits, h, mask, scores)
+            torch.testing.assert_close(h.cpu(), normed[:num], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(scores.cpu().numpy(), wanted[:num], rtol=1e-4, atol=1e-5 * wanted.max())
+            np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted[:num] >= threshold)
+            assert (mask[:, :num_pinned] == 7).all()
+            torch.testing.assert_close(first.setdefault(num, scores), scores, rtol=1e-6, atol=0)
+
+
+def test_bits_are_those_of_the_digits() -> None:
+    rng, rows, hidden = np.random.default_rng(10), 2, 50
+    gate, up, down = (rng.standard_normal((9, hidden)).astype(np.float32) for _ in range(3))
+    statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
+    there = DeviceSketch(make_plane_sketch("relu", gate, up, down, statistics, 1.69), DEVICE)
+    x, norm, width = (
+        put(rng.standard_normal((rows, hidden)).astype(np.float32)),
+        torch.ones(hidden, device=DEVICE),
+        there.width,
+    )
+    found = []
+    for bits in (False, True):
+        scratch = Digits.make(rows, width, DEVICE)
+        make_digits(x, norm, 1e-5, there, scratch, torch.empty_like(x), bits)
+        found.append(scratch.digits.cpu().numpy())
+    digits = found[0][: 8 * 16 * width].reshape(8, 16, width)[:, : 3 * rows].transpose(1, 2, 0)  # [3 B, W, 8]
+    planes = found[1][: rows * 24 * width].view(np.uint8).reshape(rows, 3, 8, width)
+    spread = np.unpackbits(planes, axis=3, bitorder="little").reshape(rows, 3, 8, width, 8)
+    worth = np.array([1, 2, 4, 8, 16, 32, 64, -128])
+    numbers = np.einsum("bdiwk,i->bdwk", spread.astype(np.int64), worth)
+    np.testing.assert_array_equal(numbers[:, ::-1].reshape(3 * rows, width, 8), digits)
+    assert np.abs(digits).max() > 100
 
 
 def test_gate_masks() -> None:
@@ -218,6 +324,17 @@ def test_attention_over_pages() -> None:
     for store, there, fresh in zip(stores, (k, v), (keys, values), strict=True):
         store.view(-1, kv_heads, size)[slots[:3]] = fresh[own][:3]
         torch.testing.assert_close(there.cpu(), store, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_inputs_of_a_step() -> None:
+    given = torch.arange(3 * (FIELDS + 5)).view(3, FIELDS + 5)
+    given[:, 0] = torch.tensor([6, 0, 2])
+    embedding = torch.randn(7, 24).to(torch.bfloat16)
+    fields, tables = torch.zeros(FIELDS, 3, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)
+    made = [t.to(DEVICE) for t in (embedding, fields, tables, torch.zeros(3, 24))]
+    inputs(given.pin_memory() if DEVICE.type == "cuda" else given, *made)
+    assert torch.equal(made[1].cpu(), given[:, :FIELDS].T) and torch.equal(made[2].cpu(), given[:, FIELDS:])
+    assert torch.equal(made[3].cpu(), embedding[given[:, 0]].float())
 
 
 def test_copies_of_records() -> None:

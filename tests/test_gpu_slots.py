@@ -57,11 +57,14 @@ def test_what_is_wanted_moves_in_and_what_is_pinned_stays() -> None:
     assert resident(slots) == [[0, 1, 2, 3], [0, 1, 2]]
     slots.used[0, [6, 9]] = 40
     slots.used[1, 11] = 40
-    for step in range(slots.interval):
-        assert slots.due == (step == slots.interval - 1)
-        if slots.due:
-            slots.rerank()
+    ranked = []
+    for _ in range(slots.interval):  # each layer in its turn
+        for layer in range(LAYERS):
+            if slots.has_turn(layer, slots.turn):
+                ranked.append(layer)
+                slots.rank(layer)
         slots.stepped()
+    assert ranked == list(range(LAYERS)) and LAYERS <= slots.interval == len(slots.turns)
     assert resident(slots) == [[0, 1, 6, 9], [0, 1, 11]]
     assert int(slots.counters[SWAPPED]) == 3 and not slots.used.any()
     assert_slots_hold_their_records(slots)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_COPYING = 128  # programs of a layer that copy
+_COPYING = 8  # programs of a layer that copy: few, so that those who wait for the link are served first
 _BLOCK = 4096  # words at once, at most
 
 
