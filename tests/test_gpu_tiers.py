@@ -11,11 +11,19 @@ import torch
 pytest.importorskip("triton")
 
 from cache.errors import ReadError
+from runtime.gpu_slots import GpuSlots
 from tests.test_gpu_model import CUDA, Side, cpu_side, gpu_side, packed, some_ids
 
 pytestmark = pytest.mark.gpu
 __all__ = ["packed"]
 STEPS = 16 if CUDA else 2
+
+
+@pytest.fixture
+def unranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that keep whom they have, as those over a home on disk do."""
+    monkeypatch.setattr(GpuSlots, "turns", (None,))
+    monkeypatch.setattr(GpuSlots, "turn", None)
 
 
 def texts(side: Side, steps: int = STEPS) -> list[torch.Tensor]:
@@ -26,12 +34,12 @@ def texts(side: Side, steps: int = STEPS) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("unranked")
 @pytest.mark.parametrize("staging", [1 << 20, 1], ids=["roomy", "tight"])
 @pytest.mark.parametrize("mode", ["dense", "exact", "sparse"] if CUDA else ["sparse"])
 def test_a_home_on_disk_changes_no_number(packed: Path, mode: str, staging: int) -> None:
     loaded, _ = cpu_side(packed, mode, 20.0)
     two, three = gpu_side(packed, mode, 20.0, loaded), gpu_side(packed, mode, 20.0, loaded, 40.0, staging)
-    two.slots.interval = 1 << 30  # slots over a home on disk keep whom they have
     for a, b in zip(texts(two), texts(three), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     few, more = two.slots.snapshot(), three.slots.snapshot()
@@ -54,10 +62,10 @@ def packed_neurons(side: Side) -> int:
     return int(layers * neurons)
 
 
+@pytest.mark.usefixtures("unranked")
 def test_batches_scored_texts_and_sets_that_do_not_fit(packed: Path) -> None:
     loaded, _ = cpu_side(packed, "sparse", 20.0)
     two, three = gpu_side(packed, "sparse", 20.0, loaded), gpu_side(packed, "sparse", 20.0, loaded, 10.0, 1)
-    two.slots.interval = 1 << 30
     blocks = [[9, 2], [4, 11], [7, 5]]
 
     def close(what: str, *arguments: Any) -> None:
