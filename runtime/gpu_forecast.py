@@ -17,8 +17,8 @@ import numpy as np
 from cache.store import BundleFile
 from runtime.forecast import ReadTerms, mean_reads
 
-# Small kernels that a layer's step comes to beside its bytes: 1.6 ms of 36 layers, 0.65 dense (benchmarks/LOG.md).
-_KERNELS, _KERNELS_DENSE = 44, 18
+# Small kernels that a layer's step comes to beside its bytes: 1.1 ms of 36 layers, 0.49 dense (benchmarks/LOG.md).
+_KERNELS, _KERNELS_DENSE = 35, 15
 _VISIT_S = 400e-6  # of a layer, of the host's own work between its two halves (benchmarks/LOG.md)
 
 
