@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,7 @@ class TieredFFN(GpuFFN):
         self._below, num, device, pin = home, slots.table.shape[1], slots.device, slots.device.type == "cuda"
         self._seen = torch.zeros(max_rows, num, dtype=torch.uint8, pin_memory=pin)
         self._live = torch.zeros(max_rows, dtype=torch.int64, pin_memory=pin)
+        self._left = torch.zeros(max_rows, num, dtype=torch.uint8, device=device)  # what a layer's second half is to do
         self._absent = torch.full((num,), -1, dtype=torch.int32, device=device)
         self._counted = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)  # of layers that come through whole
         self._kept = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
@@ -48,10 +50,12 @@ class TieredFFN(GpuFFN):
 
     def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
         wanted = super().ask(layer, x, norm, live)
-        if wanted.mask is not None:
-            self._seen[: x.shape[0]].copy_(wanted.mask, non_blocking=True)
-            self._live[: x.shape[0]].copy_(live, non_blocking=True)
-        return wanted
+        if wanted.mask is None:
+            return wanted
+        self._seen[: x.shape[0]].copy_(wanted.mask, non_blocking=True)
+        self._live[: x.shape[0]].copy_(live, non_blocking=True)
+        left = self._left[: x.shape[0]].copy_(wanted.mask)  # the mask itself stays as the predictor left it
+        return replace(wanted, mask=left)
 
     def visit(self, wanted: Wanted) -> None:
         self._wait()

@@ -34,12 +34,19 @@ def texts(side: Side, steps: int = STEPS) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.usefixtures("unranked")
+@pytest.fixture
+def short_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest one holds a few records of a tiny layer, instead of all of them."""
+    monkeypatch.setattr("cache.neuron_cache.smallest_staging_bytes", lambda layout: 4 * 4096)
+
+
+@pytest.mark.usefixtures("unranked", "short_staging")
 @pytest.mark.parametrize("staging", [1 << 20, 1], ids=["roomy", "tight"])
 @pytest.mark.parametrize("mode", ["dense", "exact", "sparse"] if CUDA else ["sparse"])
 def test_a_home_on_disk_changes_no_number(packed: Path, mode: str, staging: int) -> None:
     loaded, _ = cpu_side(packed, mode, 20.0)
-    two, three = gpu_side(packed, mode, 20.0, loaded), gpu_side(packed, mode, 20.0, loaded, 40.0, staging)
+    below = 40.0 if staging > 1 else 0.0
+    two, three = gpu_side(packed, mode, 20.0, loaded), gpu_side(packed, mode, 20.0, loaded, below, staging)
     for a, b in zip(texts(two), texts(three), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     few, more = two.slots.snapshot(), three.slots.snapshot()
@@ -54,6 +61,8 @@ def test_a_home_on_disk_changes_no_number(packed: Path, mode: str, staging: int)
         prompts = packed_neurons(three)  # streamed by the prompt, which asks for all of them
         assert more.tiers["cpu"].lookups == more.tiers["gpu"].misses + prompts
         assert three.model.counters().overflow == 0
+    if mode != "dense" and staging == 1 and three.slots.layout.gated:  # without a gate one row's misses always fit
+        assert three.model.counters().overflow > 0
     loaded.close()
 
 
@@ -62,7 +71,7 @@ def packed_neurons(side: Side) -> int:
     return int(layers * neurons)
 
 
-@pytest.mark.usefixtures("unranked")
+@pytest.mark.usefixtures("unranked", "short_staging")
 def test_batches_scored_texts_and_sets_that_do_not_fit(packed: Path) -> None:
     loaded, _ = cpu_side(packed, "sparse", 20.0)
     two, three = gpu_side(packed, "sparse", 20.0, loaded), gpu_side(packed, "sparse", 20.0, loaded, 10.0, 1)
@@ -77,6 +86,7 @@ def test_batches_scored_texts_and_sets_that_do_not_fit(packed: Path) -> None:
     close("step", some_ids(3, 10), [4, 5, 6], [torch.tensor(b).int().numpy() for b in blocks])
     close("run", "score", some_ids(3, 21), 0, "all")
     assert three.model.counters().predicted_neurons == two.model.counters().predicted_neurons
+    assert three.model.counters().overflow > 0  # and those take nothing from what comes after them
     loaded.close()
 
 
