@@ -5,6 +5,7 @@ ColdstreamError
 ├── UnsupportedError  a model, file type or option that this version does not run; the message names it
 ├── BudgetError       the memory promised is too small; carries the smallest budget that works
 ├── ReadError         the disk did not give the bytes asked for
+├── DeviceLostError   the GPU answers no more; only a new process can use it
 └── RequestError      one request cannot be served
     ├── QueueFullError       too many requests are waiting
     ├── ContextLengthError   prompt and answer do not fit the context
@@ -62,6 +63,10 @@ class ReadError(ColdstreamError):
     def __init__(self, path: str, offset: int, num_bytes: int, reason: str) -> None:
         super().__init__(f"{path}: reading {num_bytes} bytes at offset {offset} failed: {reason}")
         self.path, self.offset, self.num_bytes, self.reason = path, offset, num_bytes, reason
+
+
+class DeviceLostError(ColdstreamError):
+    """The GPU answers no more: nothing that this process is asked for can be computed."""
 
 
 class RequestError(ColdstreamError):

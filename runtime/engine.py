@@ -22,6 +22,7 @@ import torch
 from cache.errors import (
     ColdstreamError,
     ContextLengthError,
+    DeviceLostError,
     EngineStoppedError,
     QueueFullError,
     ReadError,
@@ -379,6 +380,9 @@ class Engine:
         try:
             logits = self._forward(step)
         except Cancelled:
+            raise
+        except DeviceLostError as error:  # nobody else would fare better: the thread ends
+            self._fail(step.sequences, error)
             raise
         except Exception as error:
             alone = list(step.split())

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from runtime.batch import Batch, ModelCounters, SequenceView
 from runtime.config import ModelConfig
+from runtime.gpu_errors import device_checked
 from runtime.gpu_ffn import GpuFFN, Norm, Wanted, product
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_inputs import FIELDS, inputs
@@ -108,7 +109,12 @@ class GpuModel:
         self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]
     ) -> list[torch.Tensor | None]:
         """As `runtime.model.Model.forward_together`; `check` is called before each graph and between the layers of a
-        prompt. The logits of a decode batch that is the only one are lent, until the next call."""
+        prompt. The logits of a decode batch that is the only one are lent, until the next call. Raises DeviceLostError.
+        """
+        with device_checked(self._device):
+            return self._together(batches, kv, check)
+
+    def _together(self, batches: Sequence[Batch], kv: KVCache, check: Callable[[], None]) -> list[torch.Tensor | None]:
         alone = sum(b.kind == "decode" for b in batches) == 1
         prompts = [b for b in batches if b.kind != "decode"]
         logits = iter(self._prompts(prompts, kv, check) if prompts else ())

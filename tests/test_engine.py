@@ -21,6 +21,7 @@ from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
 from runtime.batch import Batch, ModelCounters
 from runtime.config import ModelConfig
 from runtime.engine import Engine, EngineConfig, MemoryLevels
+from runtime.gpu_errors import device_checked
 from runtime.kv_cache import KVCache
 from runtime.request import FinishReason, Request, SamplingParams, TokenEvent
 
@@ -624,6 +625,43 @@ def test_an_engine_that_breaks_says_so_and_fails_what_it_has(monkeypatch: pytest
     with pytest.raises(EngineStoppedError):
         bench.client("b")
     bench.engine.shutdown(0.0)
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "lost"])
+def test_an_engine_whose_gpu_is_lost_ends_and_one_whose_gpu_answers_goes_on(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: torch.device) -> None:
+        if not answers:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    bench, failed = Bench(), threading.Event()
+    forward, bad = bench.model.forward_together, 13
+
+    def checked(batches: list[Batch], *others: Any) -> list[torch.Tensor | None]:
+        with device_checked(torch.device("cuda")):
+            return forward(batches, *others)
+
+    monkeypatch.setattr(bench.model, "forward_together", checked)
+    bench.model.fault = lambda batch: RuntimeError("Triton Error") if bad in batch.token_ids.tolist() else None
+    gate = bench.stop_at()
+    bench.engine.start(failed.set)
+    clients = [bench.client("a", max_tokens=9), bench.client("b", (bad, 14))]
+    gate.opened.set()
+    good, end = (client.end() for client in clients)
+    assert end.finish_reason is FinishReason.ERROR and end.failure == "internal" and end.error is not None
+    assert ("does not answer any more (Triton Error)" in end.error) == (not answers)
+    assert good.finish_reason is (FinishReason.LENGTH if answers else FinishReason.ERROR)
+    bench.engine.shutdown(WAIT_S)
+    assert failed.is_set() == (not answers)
+
+
+@pytest.mark.parametrize("error", [ReadError("model.bin", 0, 1, "gone"), torch.OutOfMemoryError("too much")])
+def test_errors_of_one_request_ask_the_gpu_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("asked"))
+    with pytest.raises(type(error)), device_checked(torch.device("cuda")):
+        raise error
 
 
 def test_an_engine_that_is_shut_down_has_not_failed() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache.budget import HostMemory
+from cache.errors import DeviceLostError
 from runtime.batch import Batch, SequenceView
 from runtime.gpu_plan import DeviceMemory, make_gpu_plan
 from runtime.kernels import select
@@ -159,3 +160,17 @@ def test_batches_chunks_and_scored_texts_while_slots_move(packed: Path, mode: st
         assert gpu.model.counters().predicted_neurons == cpu.model.counters().predicted_neurons
         assert gpu.model.counters().predicted_rows == cpu.model.counters().predicted_rows
     loaded.close()
+
+
+def test_a_step_that_leaves_the_gpu_lost_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.gpu_model import GpuModel
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model = object.__new__(GpuModel)
+    model._device = torch.device("cuda")
+    monkeypatch.setattr(model, "_together", refuse, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        model.forward_together([], None, lambda: None)  # type: ignore[arg-type]
