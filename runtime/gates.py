@@ -5,6 +5,7 @@ Knows records; not what the zeros are used for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ _DTYPES: dict[BundleDtype, Any] = {
 }
 
 
-def read_gates(file: BundleFile) -> list[np.ndarray]:
-    """Per layer the gate vectors (up where there is no gate) [F, D], as the records hold them: fp32, fp16, or bf16 as
-    uint16; int8 comes as fp16. Reads the whole file once, dropping its pages. Raises ReadError."""
+def read_gates(file: BundleFile) -> Iterator[np.ndarray]:
+    """Layer by layer the gate vectors (up where there is no gate) [F, D], as the records hold them: fp32, fp16, or bf16
+    as uint16; int8 comes as fp16. Reads the whole file once, dropping its pages and keeping nothing. Raises ReadError.
+    """
     file.check()
-    return [_read_layer(file, layer) for layer in range(file.num_layers)]
+    for layer in range(file.num_layers):
+        yield _read_layer(file, layer)
 
 
 def _read_layer(file: BundleFile, layer: int) -> np.ndarray:

@@ -98,7 +98,8 @@ def _home(packed: Packed, device: torch.device, progress: Callable[[str, float],
 
 def _masks(packed: Packed, mode: str, sparse: Sparse | None, max_rows: int, device: torch.device) -> Masks | None:
     if mode == "exact":
-        return GateMasks([_tensor(g).to(device) for g in read_gates(packed.bundles)], max_rows)
+        gates = map(lambda gate: _tensor(gate).to(device), read_gates(packed.bundles))  # one at a time in main memory
+        return GateMasks(list(gates), max_rows)
     if sparse is None:
         return None
     predictor = sparse.predictor

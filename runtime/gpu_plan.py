@@ -311,9 +311,17 @@ class _Sizes(ModelSizes):
             **({"home.records": self.ffn_bytes} if below is None else self._below_bytes(below)),
             "tables.neurons": self.num_neurons * _NEURON_BYTES,
             "scratch.requests": self.request_bytes(max_model_len),
-            "scratch.loading": self.load_bytes() + passing,
+            "scratch.loading": self.load_bytes() + passing + self._passing_predictor_bytes(),
             "scratch.allocator": _HOST_SLACK_BYTES,
         }
+
+    def _passing_predictor_bytes(self) -> int:
+        """Of the predictor in main memory until it is on the device: gates a layer at a time, sketches all together,
+        one layer's as they come from the file and padded beside."""
+        most = max(ModelSizes.predictor_bytes(self, n) for n in self.pinned_sizes)
+        if self.options.mode == "sparse":
+            return most + 2 * most // max(1, len(self.sketches))
+        return most // self.config.num_hidden_layers
 
     def _below_bytes(self, below: _Below) -> dict[str, int]:
         """The cache's slots, staging and tables; masks that come from the GPU."""

@@ -497,7 +497,7 @@ def _cett(given: float | None, packed: Packed) -> float:
 
 def _predictor(packed: Packed, sparse: Sparse | None, mode: str, kernels: Kernels) -> Predictor | None:
     if mode == "exact":
-        return ResidentGatePredictor(read_gates(packed.bundles), kernels)
+        return ResidentGatePredictor(list(read_gates(packed.bundles)), kernels)
     return None if sparse is None else sparse.predictor
 
 

@@ -118,6 +118,16 @@ class Packed:
         with _opened(self.path / file) as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
+    def read_layers(self, file: str, wanted: Sequence[bool]) -> Iterator[dict[str, np.ndarray] | None]:
+        """Of each wanted layer I the tensors `layers.I.*` of a small file, as they are asked for; None of another. The
+        file's checksum is verified first. Raises FormatError."""
+        self.verify(file)
+        with _opened(self.path / file) as opened:
+            names = list(opened.keys())
+            for i, own in enumerate(wanted):
+                prefix = f"layers.{i}."
+                yield {n: opened.get_tensor(n) for n in names if n.startswith(prefix)} if own else None
+
     def verify(self, file: str, keep_pages: bool = True) -> None:
         """Reads a file whole and compares it with its checksum. Raises FormatError."""
         path = self.path / file

@@ -54,17 +54,19 @@ def sparse_setup(
 
 
 def _sketches(packed: Packed, sparse: np.ndarray, num_pinned: int) -> list[PlaneSketch | None]:
-    """Without the rows of pinned neurons; None for a layer that is read whole."""
-    arrays, num = packed.read(SKETCH), packed.config.intermediate_size
-    pinned = np.arange(num) < num_pinned
-    try:
-        whole = [
-            PlaneSketch.from_arrays(arrays, f"layers.{i}.", packed.config.hidden_act, num) if wanted else None
-            for i, wanted in enumerate(sparse)
-        ]
-    except ValueError as error:
-        raise FormatError(FormatKind.BAD_SHAPE, f"{packed.path / SKETCH}: {error}") from error
-    return [s if s is None or not num_pinned else s.without(pinned) for s in whole]
+    """Without the rows of pinned neurons; None for a layer that is read whole. One layer's are in memory twice."""
+    num, act = packed.config.intermediate_size, packed.config.hidden_act
+    pinned, found = np.arange(num) < num_pinned, list[PlaneSketch | None]()
+    for i, arrays in enumerate(packed.read_layers(SKETCH, sparse.tolist())):
+        if arrays is None:
+            found.append(None)
+            continue
+        try:
+            sketch = PlaneSketch.from_arrays(arrays, f"layers.{i}.", act, num)
+        except ValueError as error:
+            raise FormatError(FormatKind.BAD_SHAPE, f"{packed.path / SKETCH}: {error}") from error
+        found.append(sketch.without(pinned) if num_pinned else sketch)
+    return found
 
 
 def interpolate(targets: np.ndarray, thresholds: np.ndarray, cett: float) -> np.ndarray:

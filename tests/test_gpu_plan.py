@@ -16,7 +16,7 @@ from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import BudgetError, ColdstreamError
 from runtime.config import ModelConfig
 from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
-from runtime.plan import FfnCache, PlanOptions
+from runtime.plan import FfnCache, PlanOptions, sketch_sizes
 from tests.test_plan import GIB, LARGE, MIB, PROCESS, SMOL, TINY
 
 HOST = HostMemory(128 * GIB, 120 * GIB, None, "MemAvailable")
@@ -131,6 +131,14 @@ def test_bytes_by_hand() -> None:
     assert made.num_pinned == round(0.2 * 18432)
     rest = made.gpu_details["resident.attention"] + made.gpu_details["resident.head"]
     assert made.multiplied_bytes == rest + made.gpu_details["predictor.weights"]
+
+
+def test_a_predictor_passes_through_main_memory() -> None:
+    made = {mode: plan(LARGE, PlanOptions(max_model_len=2048, mode=mode)) for mode in ("dense", "exact", "sparse")}
+    loading = {mode: p.memory_details["scratch.loading"] for mode, p in made.items()}
+    assert loading["exact"] - loading["dense"] == 18432 * 2560 * 2  # one layer's gates
+    whole = sum(s.other_bytes + 18432 * s.row_bytes for s in sketch_sizes(LARGE))
+    assert loading["sparse"] - loading["dense"] == whole + 2 * whole // 36
 
 
 def test_the_default_is_what_the_card_has_left() -> None:

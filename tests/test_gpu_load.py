@@ -1,0 +1,73 @@
+"""What passes through main memory while a model is loaded to a GPU, and what is said when the driver refuses.
+
+No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.sketches import PlaneMatrix, PlaneSketch
+from runtime.sparse import _sketches
+
+pytest.importorskip("triton")
+
+from runtime.gpu_load import _masks
+
+LAYERS, NEURONS, HIDDEN = 5, 10, 16
+
+
+class Passing:
+    """Counts arrays that somebody still holds."""
+
+    def __init__(self) -> None:
+        self._seen: list[weakref.ref[np.ndarray]] = []
+        self.most = 0
+
+    def note(self, array: np.ndarray) -> np.ndarray:
+        self._seen.append(weakref.ref(array))
+        self.most = max(self.most, sum(r() is not None for r in self._seen))
+        return array
+
+
+def test_gates_come_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    passing = Passing()
+    monkeypatch.setattr(
+        "runtime.gates._read_layer", lambda file, layer: passing.note(np.full((NEURONS, HIDDEN), layer, np.uint16))
+    )
+    packed: Any = SimpleNamespace(bundles=SimpleNamespace(num_layers=LAYERS, check=lambda: None))
+    masks = _masks(packed, "exact", None, 1, torch.device("meta"))  # copied away, as to a GPU
+    assert masks is not None and masks.num_bytes == LAYERS * NEURONS * HIDDEN * 2
+    assert passing.most == 1
+
+
+def test_sketches_are_never_there_twice() -> None:
+    def planes() -> PlaneMatrix:
+        codes = np.zeros((NEURONS, HIDDEN // 8), np.uint8)
+        row = np.ones(NEURONS, np.float16)
+        return PlaneMatrix(np.ones(HIDDEN, np.uint8), np.ones(HIDDEN, np.float16), codes, row, row, 1.0, 1.0)
+
+    passing = Passing()
+
+    def layers(file: str, wanted: list[bool]) -> Iterator[dict[str, np.ndarray] | None]:
+        for i, own in enumerate(wanted):
+            made = PlaneSketch("relu2", None, planes(), NEURONS, np.ones(NEURONS, np.float16))
+            arrays = made.to_arrays(f"layers.{i}.") if own else None
+            if arrays is not None:
+                passing.note(arrays[f"layers.{i}.up_codes"])
+            del made
+            yield arrays
+            del arrays
+
+    config = SimpleNamespace(intermediate_size=NEURONS, hidden_act="relu2")
+    packed: Any = SimpleNamespace(config=config, read_layers=layers)
+    found = _sketches(packed, np.array([True, False, True, True, True]), 3)
+    assert [None if s is None else s.up.codes.shape[0] for s in found] == [7, None, 7, 7, 7]
+    assert passing.most <= 2
