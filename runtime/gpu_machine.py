@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from cache.errors import UnsupportedError
+from runtime.gpu_errors import first_line
 from runtime.gpu_forecast import GpuMachine
 from runtime.gpu_plan import DeviceMemory
 
@@ -18,11 +20,17 @@ _EMPTY_KERNELS = 200
 
 
 def gpu_memory() -> DeviceMemory | None:
-    """Of the first GPU; None where there is none that Triton's kernels run on. Makes the process's context."""
+    """Of the first GPU; None where there is none that Triton's kernels run on. Makes the process's context; what a
+    model that is gone has left counts as free. UnsupportedError where the driver refuses."""
     if not torch.cuda.is_available() or find_spec("triton") is None:
         return None
-    free, total = torch.cuda.mem_get_info()
-    return DeviceMemory(torch.cuda.get_device_name(), total, free)
+    try:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return DeviceMemory(torch.cuda.get_device_name(), total, free)
+    except RuntimeError as error:  # full, or another process has it for itself
+        why = first_line(error)
+        raise UnsupportedError(f"the GPU that is here cannot be used ({why}): free it, or say --device cpu") from error
 
 
 def measure_gpu(record_bytes: int) -> GpuMachine:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from cache.errors import UnsupportedError
 from runtime.gpu_machine import gpu_memory
 from runtime.kernels.triton_read import sum_records
 
@@ -28,3 +31,26 @@ def test_a_gpu_is_found_where_one_is() -> None:
     found = gpu_memory()
     assert (found is not None) == torch.cuda.is_available()
     assert found is None or 0 < found.free_bytes <= found.total_bytes
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **found: Callable[..., object]) -> None:
+    """A GPU whose driver says this."""
+    answers = {"is_available": lambda: True, "get_device_name": lambda: "Card", "empty_cache": lambda: None} | found
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_what_a_model_that_is_gone_has_left_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10]
+    pretend(monkeypatch, empty_cache=lambda: free.append(70), mem_get_info=lambda: (free[-1], 80))
+    found = gpu_memory()
+    assert found is not None and found.free_bytes == 70
+
+
+def test_a_gpu_that_another_has_for_itself_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...")
+
+    pretend(monkeypatch, mem_get_info=refuse)
+    with pytest.raises(UnsupportedError, match=r"busy or unavailable\): free it, or say --device cpu$"):
+        gpu_memory()
