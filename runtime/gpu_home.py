@@ -12,6 +12,8 @@ import weakref
 import numpy as np
 import torch
 
+from cache.arena import not_mapped
+from cache.budget import format_size
 from cache.bundle import BundleLayout
 from cache.errors import ColdstreamError
 from cache.stats import CacheSnapshot
@@ -24,12 +26,15 @@ _MAPPED = 2  # cudaHostRegisterMapped
 
 class GpuHome:
     """`records` uint8 [L, F, stride] on the CPU, zero until they are read. register: for a GPU, which must be there;
-    ColdstreamError when the driver refuses."""
+    ColdstreamError when the kernel or the driver refuses."""
 
     def __init__(self, num_layers: int, num_neurons: int, layout: BundleLayout, register: bool) -> None:
         self.layout = layout
         self.num_bytes = num_layers * num_neurons * layout.stride
-        self._memory = mmap.mmap(-1, self.num_bytes)
+        try:
+            self._memory = mmap.mmap(-1, self.num_bytes)
+        except OSError as error:
+            raise not_mapped(self.num_bytes, error) from error
         array = np.frombuffer(self._memory, np.uint8).reshape(num_layers, num_neurons, layout.stride)
         self.records = torch.from_numpy(array)
         self._unregister = None
@@ -76,7 +81,8 @@ def register_memory(memory: torch.Tensor) -> None:
     """Makes main memory readable for kernels and copies. ColdstreamError when the driver refuses."""
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _MAPPED))  # type: ignore[no-untyped-call]
     if error:
-        raise ColdstreamError(f"{memory.nbytes} bytes of main memory cannot be registered (CUDA error {error})")
+        what = f"{format_size(memory.nbytes)} of main memory cannot be registered for the GPU (CUDA error {error})"
+        raise ColdstreamError(f"{what}: raise the limit of locked memory (ulimit -l), or say a smaller --memory")
 
 
 def unregister_memory(memory: torch.Tensor) -> None:

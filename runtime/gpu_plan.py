@@ -232,6 +232,15 @@ def make_gpu_plan(
     )
 
 
+def check_free(plan: GpuPlan, device: DeviceMemory) -> None:
+    """BudgetError where less is free than the GPU's budget: to plan is one thing, to load would fail in the middle."""
+    if plan.gpu_budget_bytes > device.budget_bytes:
+        free = f"{format_size(device.budget_bytes)} ({device.budget_bytes} bytes)"
+        given = f"--gpu-memory {format_size(plan.gpu_budget_bytes)}: only {free} of {device.name} are free now"
+        smallest = f"the smallest that works is --gpu-memory {plan.smallest_gpu_bytes // _MIB}MiB"
+        raise BudgetError(f"{given}; {smallest}, or say --device cpu", plan.smallest_gpu_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What is decided: a candidate, priced by `_Sizes`."""

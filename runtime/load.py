@@ -30,9 +30,10 @@ from runtime.engine import PREFILL_CHUNK, Engine, EngineConfig
 from runtime.ffn import OffloadedFFN
 from runtime.forecast import Forecast, ReadTerms, forecast
 from runtime.gates import read_gates
+from runtime.gpu_errors import load_errors
 from runtime.gpu_forecast import DiskTier, GpuForecast, gpu_forecast
 from runtime.gpu_machine import gpu_memory, measure_gpu
-from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
+from runtime.gpu_plan import DeviceMemory, GpuPlan, check_free, make_gpu_plan
 from runtime.kernels import Kernels, select
 from runtime.kv_cache import BlockManager, KVCache
 from runtime.layers import load_layer
@@ -366,13 +367,15 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
         opened.measured,
         packed.sketch_sizes(opened.cett),
     )
+    check_free(plan, device)
     sparse = opened.sparse(plan.num_pinned)
     frequency = _needs(opened.profile, sparse, opened.mode)
     slots = _slots(plan, sparse)
     weights = _load_weights(packed, opened.dtype, progress, streamed=True)  # a layer at a time through main memory
     curve = device_curve(packed.bundles.path, options.io_engine) if plan.home_on_disk else None
-    gpu = torch.device("cuda", 0)
-    parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, gpu, progress, options.io_engine, curve)
+    gpu, way = torch.device("cuda", 0), options.io_engine
+    with load_errors(plan.gpu_budget_bytes):
+        parts = make_gpu(packed, config, plan, sparse, frequency, slots, weights, gpu, progress, way, curve)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         parts.model,

@@ -5,6 +5,8 @@ No GPU is needed.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,11 +16,16 @@ import numpy as np
 import pytest
 import torch
 
+from cache.arena import new_arena
+from cache.bundle import BundleDtype, BundleLayout
+from cache.errors import ColdstreamError
+from runtime.gpu_errors import load_errors
 from runtime.sketches import PlaneMatrix, PlaneSketch
 from runtime.sparse import _sketches
 
 pytest.importorskip("triton")
 
+from runtime.gpu_home import GpuHome, register_memory
 from runtime.gpu_load import _masks
 
 LAYERS, NEURONS, HIDDEN = 5, 10, 16
@@ -71,3 +78,42 @@ def test_sketches_are_never_there_twice() -> None:
     found = _sketches(packed, np.array([True, False, True, True, True]), 3)
     assert [None if s is None else s.up.codes.shape[0] for s in found] == [7, None, 7, 7, 7]
     assert passing.most <= 2
+
+
+def refusals() -> list[tuple[Exception, str]]:
+    return [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), r"Triton Error \[CUDA\]: out of memory"),
+    ]
+
+
+@pytest.mark.parametrize(("error", "says"), refusals(), ids=["allocator", "launcher"])
+def test_a_gpu_that_is_full_while_a_model_is_loaded_is_a_sentence(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 20, 80 << 30))
+    found = rf"{says}.*: --gpu-memory 2GiB is planned, and 3MiB are free now; say a smaller --gpu-memory, or --device"
+    with pytest.raises(ColdstreamError, match=found), load_errors(2 << 30):
+        raise error
+
+
+def test_errors_that_are_not_the_gpus_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a slip"), load_errors(2 << 30):
+        raise RuntimeError("a slip")
+
+
+def test_main_memory_that_is_refused_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    for make in (lambda: GpuHome(2, 8, BundleLayout.make(16, True, BundleDtype.BF16), False), lambda: new_arena(4096)):
+        with pytest.raises(ColdstreamError, match=r"cannot be had \(Cannot allocate memory\): say a smaller --memory"):
+            make()
+
+
+def test_memory_that_the_driver_does_not_register_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimpleNamespace(cudaHostRegister=lambda *arguments: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    with pytest.raises(ColdstreamError, match=r"4KiB .* \(CUDA error 2\): .* \(ulimit -l\), or say a smaller --memory"):
+        register_memory(torch.zeros(4096, dtype=torch.uint8))

@@ -15,7 +15,7 @@ from cache.budget import HostMemory
 from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import BudgetError, ColdstreamError
 from runtime.config import ModelConfig
-from runtime.gpu_plan import DeviceMemory, GpuPlan, make_gpu_plan
+from runtime.gpu_plan import DeviceMemory, GpuPlan, check_free, make_gpu_plan
 from runtime.plan import FfnCache, PlanOptions, sketch_sizes
 from tests.test_plan import GIB, LARGE, MIB, PROCESS, SMOL, TINY
 
@@ -146,6 +146,11 @@ def test_the_default_is_what_the_card_has_left() -> None:
     assert busy.gpu_budget_source == "free GPU memory" and 9 * GIB < busy.gpu_budget_bytes < 11 * GIB
     asked = plan(options=PlanOptions(gpu_memory_bytes=20 * GIB), device=DeviceMemory("Card", 80 * GIB, 10 * GIB))
     assert any("the GPU budget is 20GiB, but only" in note for note in asked.notes)
+    with pytest.raises(
+        BudgetError, match=r"--gpu-memory 20GiB: only 10.8GiB \(\d+ bytes\) of Card are free now; .*--device"
+    ):
+        check_free(asked, DeviceMemory("Card", 80 * GIB, 10 * GIB))
+    check_free(busy, DeviceMemory("Card", 80 * GIB, 10 * GIB))
     with pytest.raises(ColdstreamError, match=rf"--gpu-memory 90GiB .*: more than the {80 * GIB} bytes that Card has"):
         plan(options=PlanOptions(gpu_memory_bytes=90 * GIB))
     with pytest.raises(BudgetError, match=r"of memory \(free GPU memory\) is too small"):

@@ -26,6 +26,7 @@ from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, 
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
 from runtime.checkpoint import open_checkpoint
+from runtime.gpu_plan import DeviceMemory
 from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, open_plan, prepare
 from runtime.model import Model
 from runtime.pack import PackOptions, pack
@@ -412,6 +413,16 @@ def test_a_budget_too_small_names_the_smallest_that_works(model: Path) -> None:
         load(str(model), LoadOptions(memory_bytes=1 << 20), quiet)
     smallest = caught.value.smallest_bytes
     load(str(model), LoadOptions(memory_bytes=smallest + (64 << 20)), quiet).close()
+
+
+def test_gpu_memory_that_others_have_is_refused_before_anything_is_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("runtime.load.gpu_memory", lambda: DeviceMemory("Card", 80 << 30, 4 << 30))
+    monkeypatch.setattr("runtime.load._load_weights", lambda *arguments, **options: pytest.fail("read"))
+    with pytest.raises(BudgetError, match=r"--gpu-memory 20GiB: only .* of Card are free now"):
+        load(str(model), LoadOptions(gpu_memory_bytes=20 << 30), quiet)
 
 
 @pytest.mark.parametrize("standalone", [False, True])
