@@ -101,3 +101,8 @@ class CacheSnapshot(Subtractable):
     prefetch_issued_bytes: int = 0
     prefetch_used_bytes: int = 0
     prefetch_wasted_bytes: int = 0
+
+    @property
+    def fastest(self) -> str:
+        """The tier that computes: gpu where there is one, else cpu."""
+        return "gpu" if "gpu" in self.tiers else "cpu"

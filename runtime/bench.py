@@ -18,6 +18,8 @@ import torch
 from cache.errors import ColdstreamError
 from cache.stats import CacheSnapshot
 from runtime.batch import Batch, SequenceView
+from runtime.forecast import Forecast
+from runtime.gpu_forecast import GpuForecast
 from runtime.kv_cache import KVCache
 from runtime.load import Loaded, LoadOptions, default_heldout, load
 from runtime.pack import Progress
@@ -50,9 +52,7 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
     moved = loaded.cache.snapshot() - before
     predicted = loaded.forecast()  # now, so that it finds the machine as the tokens did
     return {
-        "predicted_tokens_per_s": predicted.tokens_per_s,
-        "prediction_error": predicted.tokens_per_s * statistics.median(times) - 1,
-        "predicted_read_bytes_per_token": predicted.read_bytes,
+        **_predicted(predicted, statistics.median(times)),
         "tokens_per_s": 1 / statistics.median(times),
         "s_per_token_median": statistics.median(times),
         "prefill_s": prefill_s,
@@ -62,7 +62,7 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
         "tokens": tokens,
         "text": text.name,
         "ffn_bytes": loaded.packed.bundles.layer_bytes * loaded.packed.bundles.num_layers,
-        "slot_bytes": loaded.cache.snapshot().tiers[fastest(moved)].capacity_bytes,
+        "slot_bytes": loaded.cache.snapshot().tiers[moved.fastest].capacity_bytes,
         **{
             k: loaded.info[k]
             for k in ("mode", "cett", "device", "kernel", "io_engine", "dtype", "bundles", "predictor")
@@ -70,14 +70,20 @@ def measure(loaded: Loaded, prompt_tokens: int, tokens: int, text: Path) -> dict
     }
 
 
-def fastest(cache: CacheSnapshot) -> str:
-    """The tier that computes: gpu where there is one, else cpu."""
-    return "gpu" if "gpu" in cache.tiers else "cpu"
+def _predicted(found: Forecast | GpuForecast | None, median_s: float) -> dict[str, float | None]:
+    """None each where the machine could not be measured."""
+    if found is None:
+        return dict.fromkeys(("predicted_tokens_per_s", "prediction_error", "predicted_read_bytes_per_token"))
+    return {
+        "predicted_tokens_per_s": found.tokens_per_s,
+        "prediction_error": found.tokens_per_s * median_s - 1,
+        "predicted_read_bytes_per_token": found.read_bytes,
+    }
 
 
 def _account(moved: CacheSnapshot, tokens: int, io_before: int) -> dict[str, float]:
     """Of the fastest tier, and of what came into it from below."""
-    name = fastest(moved)
+    name = moved.fastest
     tier, came = moved.tiers[name], [t for (_, into), t in moved.transfers.items() if into == name]
     return {
         "hits": tier.hits,

@@ -52,6 +52,11 @@ class DiskHome:
         """L, F, bytes of a record."""
         return self.file.num_layers, self.file.num_neurons, self.layout.stride
 
+    @property
+    def registered(self) -> torch.Tensor:
+        """All memory that the GPU reads, uint8; of a home that is open."""
+        return torch.from_numpy(self.cache.arena)
+
     def of_layer(self, layer: int, slab: torch.Tensor, table: torch.Tensor, resident: bool) -> Records:
         """What the kernels take: slab uint8 [S, stride], table int32 [F]."""
         return Records(slab, slab, table, self.layout, resident, self.where)

@@ -53,6 +53,11 @@ class GpuHome:
         """int32 [L F, words of a record]."""
         return self.records.view(-1, self.records.shape[2]).view(torch.int32)
 
+    @property
+    def registered(self) -> torch.Tensor:
+        """All memory that the GPU reads, uint8."""
+        return self.records
+
     def of_layer(self, layer: int, slab: torch.Tensor, table: torch.Tensor, resident: bool) -> Records:
         """What the kernels take: slab uint8 [S, stride], table int32 [F]."""
         return Records(self.records[layer], slab, table, self.layout, resident)

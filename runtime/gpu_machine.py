@@ -15,6 +15,8 @@ from runtime.gpu_plan import DeviceMemory
 _PROGRAMS_A_PROCESSOR = 8
 _RUNS = 5
 _RESIDENT_BYTES = 1 << 30  # many times the cache
+_LENT_BYTES = 256 << 20  # at most: an id of every record is taken beside
+_LEAST_BYTES = 64 << 20  # more than the cache
 _PINNED_BYTES = 256 << 20
 _EMPTY_KERNELS = 200
 
@@ -33,14 +35,40 @@ def gpu_memory() -> DeviceMemory | None:
         raise UnsupportedError(f"the GPU that is here cannot be used ({why}): free it, or say --device cpu") from error
 
 
-def measure_gpu(record_bytes: int) -> GpuMachine:
-    """Needs a GPU; takes about a second, 1 GiB of its memory and 256 MiB of main memory for that long."""
-    resident = torch.empty(_RESIDENT_BYTES // 4, dtype=torch.int32, device="cuda").random_()
-    pinned = torch.empty(_PINNED_BYTES // 4, dtype=torch.int32, pin_memory=True)
-    pinned.copy_(resident[: pinned.numel()])
-    return GpuMachine(
-        record_bandwidth(resident, record_bytes), record_bandwidth(pinned, record_bytes), kernel_seconds()
-    )
+def measure_gpu(
+    record_bytes: int, slab: torch.Tensor | None = None, home: torch.Tensor | None = None
+) -> GpuMachine | None:
+    """Needs a GPU; takes about a second. slab and home uint8: a loaded model's records in GPU memory, and in main
+    memory that is registered: they are read, so that budgets are kept (64 MiB are taken where the slab is smaller).
+    Without them it takes up to 1 GiB of what is free on the GPU, and 256 MiB of main memory, for that long. None where
+    the GPU has no room."""
+    try:
+        return GpuMachine(
+            record_bandwidth(_on_gpu(slab), record_bytes),
+            record_bandwidth(_in_memory(home), record_bytes),
+            kernel_seconds(),
+        )
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _on_gpu(slab: torch.Tensor | None) -> torch.Tensor:
+    """int32, in GPU memory."""
+    if slab is not None and slab.nbytes >= _LEAST_BYTES:
+        return _lent(slab)
+    most = _LEAST_BYTES
+    if slab is None:
+        most = min(_RESIDENT_BYTES, max(most, torch.cuda.mem_get_info()[0] // 2))
+    return torch.empty(most // 4, dtype=torch.int32, device="cuda").random_()
+
+
+def _in_memory(home: torch.Tensor | None) -> torch.Tensor:
+    """int32, in main memory that the GPU reads."""
+    return _lent(home) if home is not None else torch.zeros(_PINNED_BYTES // 4, dtype=torch.int32, pin_memory=True)
+
+
+def _lent(memory: torch.Tensor) -> torch.Tensor:
+    return memory.view(-1)[: min(memory.nbytes, _LENT_BYTES) // 4 * 4].view(torch.int32)
 
 
 def record_bandwidth(words: torch.Tensor, record_bytes: int) -> float:

@@ -103,8 +103,8 @@ class Loaded:
     packed: Packed
     info: dict[str, object]
     forecast: Callable[
-        [], Forecast | GpuForecast
-    ]  # of decode, from this cache and this machine as it is now; takes 0.2 s
+        [], Forecast | GpuForecast | None
+    ]  # of decode, from this cache and this machine as it is now; takes 0.2 s; None: a GPU without room to measure
 
     def new_kv(self) -> tuple[KVCache, BlockManager]:
         """The engine's own keys and values with a fresh block manager, for runs past the engine."""
@@ -229,7 +229,7 @@ def open_forecast(
     model: str, plan: Plan | GpuPlan, options: PlanOptions, pack_options: PackOptions | None = None
 ) -> Forecast | GpuForecast | None:
     """What `plan` should decode at on this machine, which is measured; None for a model that is not packed, or a GPU
-    that is not here.
+    that is not here or has no room.
 
     Also measures the disk where that has not been done, and takes 64 MiB for a moment; of a GPU, see `measure_gpu`.
     Raises FormatError, ReadError.
@@ -262,16 +262,24 @@ def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuFor
 
 
 def _gpu_forecast_of(
-    packed: Packed, plan: GpuPlan, slots: Sequence[int], frequency: np.ndarray, io_engine: str = "auto"
-) -> GpuForecast:
-    """Measures the GPU, and where the home is on disk the disk."""
+    packed: Packed,
+    plan: GpuPlan,
+    slots: Sequence[int],
+    frequency: np.ndarray,
+    io_engine: str = "auto",
+    loaded: GpuSlots | None = None,
+) -> GpuForecast | None:
+    """Measures the GPU, and where the home is on disk the disk; None where the GPU has no room for that."""
     file, dense = packed.bundles, plan.mode == "dense"
     stride, disk = file.layout.stride, None
+    machine = measure_gpu(stride, *(() if loaded is None else (loaded.slab, loaded.home.registered)))
+    if machine is None:
+        return None
     if plan.home_on_disk:
         curve, way = device_curve(file.path, io_engine), reader_info(file.path)
         terms = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment)
         disk = DiskTier(file, plan.memory_slots_per_layer, terms)
-    return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, measure_gpu(stride), dense, disk)
+    return gpu_forecast(stride, slots, frequency, plan.multiplied_bytes, machine, dense, disk)
 
 
 def load(model: str, options: LoadOptions, progress: Progress, adapt: AdaptPredictor | None = None) -> Loaded:
@@ -399,8 +407,8 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
         engine_below = parts.below.reader_info.engine
         info |= {"io_engine": f"zero-copy, {engine_below}", "io": io_info(parts.below, curve)}
 
-    def expected() -> GpuForecast:
-        return _gpu_forecast_of(packed, plan, slots, frequency, options.io_engine)
+    def expected() -> GpuForecast | None:
+        return _gpu_forecast_of(packed, plan, slots, frequency, options.io_engine, parts.slots)
 
     return Loaded(engine, parts.model, parts.slots, opened.tokenizer, plan, packed, info, expected)
 

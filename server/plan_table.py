@@ -69,7 +69,8 @@ def forecast_line(expected: Forecast | GpuForecast | None, plan: Plan | GpuPlan)
     if expected is None:
         if isinstance(plan, GpuPlan) and plan.device == NOT_HERE:
             return "Expected speed: not measured, since the GPU is not here."
-        return "Expected speed: unknown until the model is packed (coldstream prepare)."
+        room = " and some GPU memory is free" if isinstance(plan, GpuPlan) else ""
+        return f"Expected speed: unknown until the model is packed (coldstream prepare){room}."
     token, share = f"{1e3 / expected.tokens_per_s:.3g} ms", f"{expected.hit_share:.0%}"
     speed, reads = f"{expected.tokens_per_s:.3g} tokens/s", format_size(int(expected.read_bytes))
     if isinstance(expected, GpuForecast):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
-from runtime.bench import _account, fastest
+from runtime.bench import _account
 
 DISK = TransferSnapshot(bytes=4000, needed_bytes=3000, requests=8, seconds=1.0, stall_seconds=0.5)
 LINK = TransferSnapshot(bytes=800, needed_bytes=800, requests=40)
@@ -24,5 +24,5 @@ def test_the_fastest_tier_is_accounted_for(
     cache: CacheSnapshot, tier: str, lookups: int, read: float, requests: float
 ) -> None:
     found = _account(cache, 4, 0)
-    assert fastest(cache) == tier
+    assert cache.fastest == tier
     assert (found["lookups"], found["bytes_read_per_token"], found["requests_per_token"]) == (lookups, read, requests)

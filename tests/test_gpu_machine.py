@@ -10,7 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from cache.errors import UnsupportedError
-from runtime.gpu_machine import gpu_memory
+from runtime import gpu_machine
+from runtime.bench import _predicted
+from runtime.gpu_machine import gpu_memory, measure_gpu
 from runtime.kernels.triton_read import sum_records
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,3 +56,28 @@ def test_a_gpu_that_another_has_for_itself_is_one_sentence(monkeypatch: pytest.M
     pretend(monkeypatch, mem_get_info=refuse)
     with pytest.raises(UnsupportedError, match=r"busy or unavailable\): free it, or say --device cpu$"):
         gpu_memory()
+
+
+@pytest.mark.parametrize(("held", "lent"), [(256, 128), (96, 96)])
+def test_a_loaded_models_own_records_are_what_is_measured(
+    held: int, lent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(gpu_machine, "_LEAST_BYTES", 64)
+    monkeypatch.setattr(gpu_machine, "_LENT_BYTES", 128)
+    monkeypatch.setattr(gpu_machine, "record_bandwidth", lambda words, record_bytes: seen.append(words) or 1.0)
+    monkeypatch.setattr(gpu_machine, "kernel_seconds", lambda: 1e-6)
+    slab, home = torch.zeros(held // 8, 8, dtype=torch.uint8), torch.zeros(2, held // 8, 8, dtype=torch.uint8)
+    assert measure_gpu(8, slab, home) == gpu_machine.GpuMachine(1.0, 1.0, 1e-6)
+    assert [w.data_ptr() for w in seen] == [slab.data_ptr(), home.data_ptr()]  # nothing is taken
+    assert seen[0].nbytes == lent and seen[0].dtype is torch.int32
+
+
+def test_a_gpu_without_room_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(words: torch.Tensor, record_bytes: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_machine, "_LEAST_BYTES", 64)
+    monkeypatch.setattr(gpu_machine, "record_bandwidth", refuse)
+    assert measure_gpu(8, torch.zeros(64, dtype=torch.uint8), None) is None
+    assert set(_predicted(None, 0.1).values()) == {None}
