@@ -127,7 +127,7 @@ def whole(dtype: BundleDtype, gated: bool) -> Callable[[], None]:
 class AllMasks:
     """Every neuron, as one that predicts would say it."""
 
-    name, num_bytes = "all", 0
+    name, num_bytes, num_whole = "all", 0, 0
 
     def __init__(self, rows: int) -> None:
         self._mask = torch.ones(rows, NEURONS, dtype=torch.uint8)

@@ -70,7 +70,7 @@ class TraceMasks:
     """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further. A step's sets are
     taken from the trace at once, by a kernel at its beginning."""
 
-    name = "trace"
+    name, num_whole = "trace", 0
 
     def __init__(self, inner: Masks, replay: Replay, rows: int, device: torch.device) -> None:
         self._inner, self.num_bytes = inner, inner.num_bytes

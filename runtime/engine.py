@@ -28,7 +28,7 @@ from cache.errors import (
     ReadError,
     RequestError,
 )
-from cache.stats import CacheSnapshot
+from cache.stats import CacheSnapshot, TierSnapshot
 from runtime.audit import Auditor, AuditSnapshot
 from runtime.batch import Batch, Cancelled, ModelCounters
 from runtime.config import ModelConfig
@@ -582,9 +582,10 @@ def charge(step: Step, spent: CacheSnapshot, seconds: float) -> None:
     for (source, _), transfer in spent.transfers.items():
         for account, share in _shares(accounts, transfer.bytes):
             account.bytes_read[source] = account.bytes_read.get(source, 0) + share
-    for account, share in _shares(accounts, sum(t.lookups for t in spent.tiers.values())):
+    tier = spent.tiers.get(spent.fastest, TierSnapshot())  # lower ones are asked again for what it lacks
+    for account, share in _shares(accounts, tier.lookups):
         account.cache_lookups += share
-    for account, share in _shares(accounts, sum(t.hits for t in spent.tiers.values())):
+    for account, share in _shares(accounts, tier.hits):
         account.cache_hits += share
 
 

@@ -38,10 +38,12 @@ class Norm:
 
 class Masks(Protocol):
     """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
-    [B, F], or None: the whole layer; the tensor is the caller's until the next call, and h gets x normed."""
+    [B, F], or None: the whole layer, as num_whole of them are; the tensor is the caller's until the next call, and h
+    gets x normed."""
 
     name: str
     num_bytes: int
+    num_whole: int
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None: ...
 
@@ -60,6 +62,7 @@ class PlaneMasks:
         self._mask = torch.ones(max_rows, num_neurons, dtype=torch.uint8, device=device)  # the pinned ones stay as is
         self._digits = Digits.make(max_rows, max((s.width for s in known), default=0), device)
         self.num_bytes = sum(s.num_bytes for s in known) + self._digits.num_bytes
+        self.num_whole = len(sketches) - len(known)
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None:
         sketch = self._sketches[layer]
@@ -80,6 +83,7 @@ class GateMasks:
         self._gates = gates
         self._mask = torch.empty(max_rows, gates[0].shape[0], dtype=torch.uint8, device=gates[0].device)
         self.num_bytes = sum(g.nbytes for g in gates)
+        self.num_whole = 0
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
         norm.of(x, h)

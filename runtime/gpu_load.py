@@ -66,7 +66,7 @@ def make_gpu(
     else:
         home = _home(packed, device, progress)
     pinned = (0,) * config.num_hidden_layers if sparse is None else sparse.pinned
-    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device)
+    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device, ranks=plan.mode != "dense")
     most = plan.decode_buckets[-1]
     masks = _masks(packed, plan.mode, sparse, most, device)
     active_at = None if sparse is None else torch.from_numpy(sparse.active_at).to(device)

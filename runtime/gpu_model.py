@@ -97,8 +97,12 @@ class GpuModel:
 
     def counters(self) -> ModelCounters:
         """As the last decode step that is done left them; waits for nothing."""
-        seen = self._ffn.slots.seen()
-        return ModelCounters(dict(self._steps), seen[ACTIVE], seen[PREDICTED], self._ffn.overflow, self._rows, 0)
+        seen, masks = self._ffn.slots.seen(), self._ffn.masks
+        whole = (
+            0 if masks is None else self._rows // len(self._layers) * masks.num_whole * self.config.intermediate_size
+        )
+        predicted = seen[PREDICTED] + whole  # the kernels count masks
+        return ModelCounters(dict(self._steps), seen[ACTIVE], predicted, self._ffn.overflow, self._rows, 0)
 
     def forward(self, batch: Batch, kv: KVCache, check: Callable[[], None]) -> torch.Tensor | None:
         """As `forward_together`, of one batch."""
@@ -125,8 +129,8 @@ class GpuModel:
                 continue
             logits_of = self._decode(batch, kv, check)
             out.append(logits_of if alone or logits_of is None else logits_of.clone())
-        for kind in {b.kind for b in batches}:
-            self._steps["prefill" if kind == "prefill" else self._sparse_kind()] += 1
+        for kind in {"prefill" if b.kind == "prefill" else self._sparse_kind() for b in batches}:
+            self._steps[kind] += 1
         return out
 
     def _sparse_kind(self) -> str:

@@ -35,7 +35,8 @@ _PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - d
 
 class GpuSlots:
     """Slots of each layer, and who has them. frequency [L, F]: how often needed; pinned [L]: the first so many neurons
-    of a layer keep their slots. `used` int32 [L, F] and `counters` int64 are added to by the kernels."""
+    of a layer keep their slots; ranks: False where all neurons are wanted alike. `used` int32 [L, F] and `counters`
+    int64 are added to by the kernels."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class GpuSlots:
         frequency: np.ndarray,
         pinned: Sequence[int],
         device: torch.device,
+        ranks: bool = True,
     ) -> None:
         num_layers, num_neurons, stride = home.shape
         self.home, self.layout, self.device = home, home.layout, device
@@ -61,7 +63,7 @@ class GpuSlots:
             prior[layer, :num] = torch.inf
         self._score = (prior * _PRIOR_STEPS).to(device)
         self.interval = RERANK_STEPS
-        self.ranks = home.words is not None and 0 < sum(self.slots_per_layer) < num_layers * num_neurons
+        self.ranks = ranks and home.words is not None and 0 < sum(self.slots_per_layer) < num_layers * num_neurons
         self._steps = 0
         self.copied_bytes = 0  # of layers that were copied whole
         self._fill()

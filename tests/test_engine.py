@@ -922,6 +922,19 @@ def test_counters_add_up(make: Make) -> None:
     assert all(a.prefill_s > 0 and a.decode_s > 0 and a.queue_s >= 0 for a in accounts)
 
 
+def test_requests_are_charged_for_the_tier_that_computes(make: Make) -> None:
+    bench = make()
+
+    def snapshot() -> CacheSnapshot:
+        tier = bench.model.tier
+        return CacheSnapshot({"gpu": tier, "cpu": TierSnapshot(lookups=tier.misses, hits=tier.misses // 2)})
+
+    bench.engine._cache_snapshot = snapshot
+    account = bench.client("a").end().account
+    assert account is not None
+    assert (account.cache_lookups, account.cache_hits) == (bench.model.tier.lookups, bench.model.tier.hits)
+
+
 def test_threads_that_submit_and_abort_at_odds_lose_nothing(make: Make) -> None:
     bench = make(max_num_seqs=3, kv_blocks=24)
     ends: list[FinishReason | None] = []

@@ -70,6 +70,13 @@ def test_what_is_wanted_moves_in_and_what_is_pinned_stays() -> None:
     assert_slots_hold_their_records(slots)
 
 
+def test_nobody_is_ranked_where_all_are_wanted_alike() -> None:
+    frequency = np.ones((LAYERS, NEURONS), np.float32)
+    assert GpuSlots(home_of(1), (4, 3), frequency, (0, 0), DEVICE).turn == 0
+    slots = GpuSlots(home_of(1), (4, 3), frequency, (0, 0), DEVICE, ranks=False)
+    assert slots.turns == (None,) and slots.turn is None and not slots.ranks
+
+
 def test_who_has_a_slot_is_favoured() -> None:
     frequency = np.full((LAYERS, NEURONS), 1.0, np.float32)
     slots = GpuSlots(home_of(2), (4, 0), frequency, (0, 0), DEVICE)
