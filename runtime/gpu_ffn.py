@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from cache.bundle import BundleDtype, BundleLayout
+from cache.bundle import BundleLayout
 from runtime.activation import activation
 from runtime.ffn import record_matrix
 from runtime.gpu_slots import GpuSlots
@@ -242,17 +242,24 @@ class GpuFFN:
             self._free[piece % 2].record(torch.cuda.current_stream())
 
     def _multiply(self, records: torch.Tensor, rows: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-        """outs += the neurons of records uint8 [n, stride]."""
-        gate = self._matrix(records, "gate") if self._layout.gated else None
-        up, down = self._matrix(records, "up"), self._matrix(records, "down")
-        for x, out in zip(rows, outs, strict=True):
-            h = product(x, up)
-            h = self._act(h) if gate is None else self._act(product(x, gate)) * h
+        """outs += the neurons of records uint8 [n, stride], of which one matrix at a time is widened."""
+        hs = self._products(rows, records, "up")
+        if self._layout.gated:
+            gates = self._products(rows, records, "gate")
+            hs = [h.mul_(self._act(gate)) for h, gate in zip(hs, gates, strict=True)]
+        else:
+            hs = [self._act(h) for h in hs]
+        down = self._matrix(records, "down")
+        for h, out in zip(hs, outs, strict=True):
             out += product(h.to(self._gemm_dtype), down.T)
 
+    def _products(self, rows: Sequence[torch.Tensor], records: torch.Tensor, name: str) -> list[torch.Tensor]:
+        """fp32 [N, n] each."""
+        matrix = self._matrix(records, name)
+        return [product(x, matrix) for x in rows]
+
     def _matrix(self, records: torch.Tensor, name: str) -> torch.Tensor:
-        found = record_matrix(records.view(-1), self._layout, 0, records.shape[0], name)
-        return found if self._layout.dtype is not BundleDtype.INT8 else found.to(self._gemm_dtype)
+        return record_matrix(records.view(-1), self._layout, 0, records.shape[0], name).to(self._gemm_dtype)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -344,22 +344,9 @@ class GpuModel:
         )
         cos, sin = self._cos[part.positions], self._sin[part.positions]
         kv.write(layer, part.slots, apply_rope(k, cos, sin), v)
-        total = view.start + view.length
-        keys, values = kv.gather(layer, view.blocks, total)
-        mask = None
-        if view.start:
-            places = torch.arange(total, device=q.device)
-            mask = places[None, :] <= places[view.start :, None]
-        out = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin).transpose(0, 1)[None].to(keys.dtype),
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            enable_gqa=True,
-        )
-        return self._projected(w, out[0].transpose(0, 1).float())
+        keys, values = kv.gather(layer, view.blocks, view.start + view.length)
+        out = attend_rows(apply_rope(q, cos, sin).to(keys.dtype), keys, values, view.start, self._scale)
+        return self._projected(w, out.float())
 
     def _wanted(self, part: _Prompt) -> torch.Tensor | None:
         if part.batch.logits == "none":
@@ -381,6 +368,20 @@ def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Some rows of a decode batch."""
     views: tuple[SequenceView, ...] = batch.sequences[start:stop]
     return replace(batch, token_ids=batch.token_ids[start:stop], positions=batch.positions[start:stop], sequences=views)
+
+
+def attend_rows(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, scale: float) -> torch.Tensor:
+    """Causal attention of one sequence's rows from position `start` on: q [N, H, d], keys and values [T, Hkv, d] of one
+    dtype, T = start + N; [N, H, d]. Heads that share keys become rows, since with a mask torch's own grouping would
+    write keys and values out for every head."""
+    (num, heads, size), kv_heads = q.shape, keys.shape[1]
+    group, places = heads // kv_heads, torch.arange(keys.shape[0], device=q.device)
+    mask = (places[None, :] <= places[start:, None]).repeat(group, 1)  # [group N, T]
+    grouped = q.view(num, kv_heads, group, size).permute(1, 2, 0, 3).reshape(1, kv_heads, group * num, size)
+    out = F.scaled_dot_product_attention(
+        grouped, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask, scale=scale
+    )
+    return out.view(kv_heads, group, num, size).permute(2, 0, 1, 3).reshape(num, heads, size)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cache.budget import HostMemory, budget_margin, format_size, smallest_staging_bytes
-from cache.bundle import BundleLayout
+from cache.bundle import BundleDtype, BundleLayout
 from cache.errors import BudgetError, ColdstreamError
 from runtime.config import ModelConfig
 from runtime.engine_stats import MemoryLevels
@@ -61,7 +61,6 @@ _TABLE_BYTES = 56  # a neuron: slot, uses, score and threshold 16; what ranking 
 _LISTED_BYTES = 20  # a neuron of one layer: its id, its record's address, and that in main memory
 _SKETCH_ROW_BYTES, _CODE_BYTES = 20, 64  # of a matrix: a row's padding and wider numbers; the planes of a byte of a row
 _SUMS, _SUMS_FEW = 128, 396  # sums of a row that are made apart, and of up to two (runtime/kernels/triton_neurons.py)
-_PROMPT_ROWS = 64  # of a prompt that attend together (EngineConfig.prefill_chunk)
 _NEURON_BYTES = 48  # a neuron in main memory: frequency, ranks, counters read back
 _VISITED_BYTES = 64  # a neuron of one layer: its address, ids and offsets of what a step wants of it
 _HOST_SLACK_BYTES = 32 * _MIB
@@ -352,15 +351,22 @@ class _Sizes(ModelSizes):
 
     def _prefill_bytes(self, shape: _Shape) -> int:
         """A step's rows: residual, normed and projected in fp32 and as they are multiplied, one sequence's keys and
-        values gathered, a prompt's scores, and what the staged neurons make of the rows: up, gate, what the activation
-        passes through, and their product as it is multiplied with down."""
+        values gathered, scores of the rows that attend together, what the staged neurons make of the rows (up, gate,
+        what the activation passes through, and their product as it is multiplied with down), and one of their matrices
+        as it is multiplied."""
         c = self.config
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         staged = shape.staged_neurons * (3 * 4 + 2 + (4 if c.gated else 0))
         rows = shape.prefill_rows * (4 * (8 * c.hidden_size + 6 * heads) + staged)
         gathered = shape.max_model_len * c.num_key_value_heads * c.head_dim * 2 * (4 + self.item_bytes)
-        scores = _PROMPT_ROWS * shape.max_model_len * (2 + 3 * 4 * c.num_attention_heads)
-        return rows + gathered + scores
+        scores = SCORE_ROWS * shape.max_model_len * (2 + 3 * 4 * c.num_attention_heads)
+        return rows + gathered + scores + shape.staged_neurons * c.hidden_size * self._widened_bytes
+
+    @property
+    def _widened_bytes(self) -> int:
+        """An element of a staged matrix that is multiplied in another dtype than it lies in; int8 is scaled in fp32."""
+        kept = self.layout.dtype
+        return 0 if kept.value == self.dtype else self.item_bytes + (8 if kept is BundleDtype.INT8 else 0)
 
     def _decode_bytes(self, max_model_len: int) -> int:
         """A bucket's own, priced as the largest: residual and projections of its rows, masks and factors of all

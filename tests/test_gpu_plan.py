@@ -133,6 +133,14 @@ def test_bytes_by_hand() -> None:
     assert made.multiplied_bytes == rest + made.gpu_details["predictor.weights"]
 
 
+def test_matrices_that_are_widened_for_prompts_are_priced() -> None:
+    made = {b: plan(LARGE, PlanOptions(ffn_cache=FfnCache(percent=0)), b) for b in ("bf16", "fp32", "int8")}
+    prefill = {b: p.gpu_details["scratch.prefill"] for b, p in made.items()}
+    assert len({(p.prefill_chunk, p.max_model_len, p.decode_buckets) for p in made.values()}) == 1
+    assert prefill["fp32"] - prefill["bf16"] == 18432 * 2560 * 2
+    assert prefill["int8"] - prefill["bf16"] == 18432 * 2560 * (4 + 4 + 2)
+
+
 def test_a_predictor_passes_through_main_memory() -> None:
     made = {mode: plan(LARGE, PlanOptions(max_model_len=2048, mode=mode)) for mode in ("dense", "exact", "sparse")}
     loading = {mode: p.memory_details["scratch.loading"] for mode, p in made.items()}
