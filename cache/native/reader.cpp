@@ -30,7 +30,8 @@ constexpr int64_t kLargestRequest = 1 << 20;  // longer ranges are split: one de
 constexpr int64_t kDefaultAlignment = 4096;
 constexpr int kMaxRetries = 1000;  // of one request, 0.1 s at least
 constexpr std::chrono::microseconds kPause{100};  // before a retry: what was short must have time to come back
-constexpr int64_t kMaxThreads = 16;
+constexpr int64_t kMaxThreads = 32;  // half of them reach three quarters of io_uring's pace at 4 KiB, these 85 %
+constexpr unsigned kPiece = 16;      // requests that are handed to the kernel by one call
 
 using Clock = std::chrono::steady_clock;
 
@@ -258,10 +259,13 @@ class UringReader final : public BaseReader {
  private:
   size_t in_flight() const { return flying_.size() - free_.size(); }
 
+  // What waits goes into the queue, a few at a time: the device begins with the first while the next are written down.
   void fill() {
+    unsigned written = 0;
     while (!waiting_.empty() && !free_.empty() && launch(free_.back(), waiting_.front())) {
       free_.pop_back();
       waiting_.pop_front();
+      if (++written % kPiece == 0) ring_->enter(0);  // a refusal is met again in turn
     }
   }
 
@@ -331,7 +335,7 @@ class UringReader final : public BaseReader {
 class PreadReader final : public BaseReader {
  public:
   PreadReader(std::unique_ptr<File> file, uint8_t* arena, int64_t queue_depth) : BaseReader(std::move(file), arena) {
-    start_threads(std::clamp<int64_t>(queue_depth / 4, 1, kMaxThreads));
+    start_threads(std::clamp<int64_t>(queue_depth / 2, 1, kMaxThreads));
     const auto count = static_cast<int64_t>(threads_.size());
     info_ = {file_->direct ? "pread+direct" : "pread+buffered", file_->alignment, count, false};
   }
