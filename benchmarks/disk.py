@@ -36,6 +36,7 @@ MODEL_BYTES = {"afm-4.5b": 8_400_000_000}  # in bf16: what the budgets of the sw
 BUDGETS = ("3GiB", "4GiB")
 PLAN_BUDGETS = ("3GiB", "4GiB", "6GiB")
 POLICIES = ("static", "lru", "lfu", "ours", "belady")
+ORDERS = {"by frequency": "frequency", "shuffled": "shuffled"}  # in place of by what is active together
 SWEEP = (20, 40, 60, 80, 100)  # percent of the model
 _PROMPT_SHARE = 0.4
 
@@ -161,6 +162,8 @@ def ablation_cases(bench: Bench) -> Iterator[Case]:
     yield one("no prediction: dense stream", "--mode", "dense", "--tokens", 3, "--warm", 1)
     yield one("looking ahead before attention", "--lookahead", "attention")
     yield one("not looking ahead", "--lookahead", "none")
+    for name, order in ORDERS.items():
+        yield bench.ours("ablation", f"records {name}", f"bf16-{order}", "4GiB", limited=False)
     yield one("no merging", "--merge-gap", 0)
     yield one("merging over 32 KiB", "--merge-gap", 32 << 10)
     yield one("one thread", "--threads", 1)
@@ -202,6 +205,10 @@ def prepare(bench: Bench) -> None:
         if not bench.packed(dtype).exists():
             made = ("--shape", options.shape, "--dtype", dtype, "--trace", bench.trace, "--out", bench.packed(dtype))
             run(bench.python("make_packed", *made))
+    for order in ORDERS.values():
+        if not bench.packed(f"bf16-{order}").exists():
+            like = ("--like", bench.packed("bf16"), "--order", order, "--out", bench.packed(f"bf16-{order}"))
+            run(bench.python("make_packed", *like))
     if options.accelerate_python is not None and not bench.checkpoint.exists():
         run(bench.python("make_checkpoint", "--shape", options.shape, "--out", bench.checkpoint))
     if options.llama_python is not None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.processors import cpu_seconds
-from benchmarks.traces import SURE, Replay, ReplayPredictor, Trace
+from benchmarks.traces import SURE, Replay, ReplayPredictor, Trace, replay_on
 from cache.budget import parse_size
 from cache.errors import ColdstreamError
 from cache.policy import DECAY, DecayedFrequency
@@ -155,8 +155,7 @@ def open_plain(options: argparse.Namespace, adapt: AdaptPredictor | None = None)
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of `tokens` decoded tokens after `warm` ones."""
-    config = open_packed(options.model).config
-    replay = Replay(forced_trace(options), config.num_hidden_layers, config.intermediate_size)
+    replay = replay_on(open_packed(options.model), forced_trace(options))
     made: list[ReplayPredictor] = []
     loaded = open_forced(options, replay, made)
     try:
@@ -299,8 +298,7 @@ def step(loaded: Loaded, kv: KVCache, blocks: np.ndarray, ids: list[int], first:
 
 def prompt(options: argparse.Namespace) -> dict[str, Any]:
     """Time to the first token of a prompt of random tokens: all its chunks, and the one step that makes a token."""
-    config = open_packed(options.model).config
-    replay = Replay(forced_trace(options), config.num_hidden_layers, config.intermediate_size)
+    replay = replay_on(open_packed(options.model), forced_trace(options))
     loaded = open_forced(options, replay, [])
     try:
         kv, manager = loaded.new_kv()

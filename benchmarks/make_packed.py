@@ -1,19 +1,23 @@
 """A packed model of a large shape with random weights, written at the speed of the disk: nothing is fitted.
 
     python -m benchmarks.make_packed --shape afm-4.5b --dtype bf16|int8 --trace FILE --out DIR [--layers N]
+    python -m benchmarks.make_packed --like DIR --order frequency|shuffled --out DIR
 
 `coldstream prepare` takes minutes for each layer of such a size, and what it would fit there would fit noise. Records
-and resident matrices are random, sketches are random planes of the real size, and the profile's frequencies are those
-of a trace of a real model (benchmarks/traces.py), whose sets are to be forced on the model; thresholds are there for
-form's sake, and mean nothing. Knows the packed format; holds one piece of a layer at a time.
+and resident matrices are random, sketches are random planes of the real size, and the profile's frequencies and order
+are those of a trace of a real model (benchmarks/traces.py), whose sets are to be forced on the model; thresholds are
+there for form's sake, and mean nothing. --like: the same files (linked) with the neurons in another order: by frequency
+alone, or shuffled behind the fifth that may be pinned. Knows the packed format; holds one piece of a layer at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,20 +46,24 @@ from runtime.load import default_model
 from runtime.pack import is_ffn
 from runtime.packed import (
     BUNDLES,
+    MANIFEST,
     PROFILE,
     RESIDENT,
     SKETCH,
     Packed,
     Source,
     bundle_header,
+    open_packed,
     safetensors_header,
     sha256,
     write_manifest,
 )
+from runtime.placement import pinned_sizes
 from runtime.tokenizer import Tokenizer
 from runtime.tune import SKETCH_BITS
 
 _CETT = 0.05  # that traces are recorded at; only a name here
+_PINNED_SHARE = 0.2  # that runs pin at most
 _PIECE = 4096  # records made at a time
 _ONE = 0x3F80  # 1.0 in bf16
 
@@ -73,7 +81,9 @@ def make_packed(
     resident = [(name, size) for name, size in tensors(shape, vocab) if not is_ffn(name)]
     ffn_bytes = config.num_hidden_layers * config.intermediate_size * layout.stride
     _check(out, ffn_bytes + sum(num_bytes(size) for _, size in resident))
-    frequency = Replay(trace, config.num_hidden_layers, config.intermediate_size).frequency()
+    replay = Replay(trace, config.num_hidden_layers, config.intermediate_size)
+    order = replay.disk_order(pinned_sizes(config.intermediate_size))
+    frequency = replay.reordered(order).frequency()
     out.mkdir(parents=True)
     rng = np.random.Generator(np.random.SFC64(seed))
     header, offsets = bundle_header(config.num_hidden_layers, config.intermediate_size, layout.stride)
@@ -83,12 +93,34 @@ def make_packed(
             file.write(piece.data)
     _write_resident(out / RESIDENT, resident, rng, shape.hidden_size**-0.5)
     _write_sketches(out / SKETCH, config, seed)
-    save_file(_profile(frequency), out / PROFILE)
+    save_file(_profile(frequency, order), out / PROFILE)
     tokenizer.save(out)
     bundles = BundleFile(out / BUNDLES, layout, config.intermediate_size, offsets)
     _write_manifest(out, config, bundles)
     device_curve(out / BUNDLES)
     return ffn_bytes
+
+
+def make_like(like: Path, out: Path, order: str, seed: int = 0) -> None:
+    """Another packed model whose neurons lie in another order, the first one's large files under new names: their
+    bytes are random, so that only the profile says who lies where. SystemExit when `out` exists."""
+    _check(out, 0)
+    packed = open_packed(like)
+    profile = packed.read(PROFILE)
+    back = np.argsort(profile["order"], axis=1)
+    frequency = np.take_along_axis(profile["frequency"][0], back, axis=1)  # by frequency again
+    rows = np.tile(np.arange(frequency.shape[1], dtype=np.int32), (frequency.shape[0], 1))
+    if order == "shuffled":
+        first = round(_PINNED_SHARE * frequency.shape[1])
+        np.random.default_rng(seed).permuted(rows[:, first:], axis=1, out=rows[:, first:])
+    out.mkdir(parents=True)
+    for file in like.iterdir():
+        if file.name not in (PROFILE, MANIFEST):
+            os.link(file, out / file.name)
+    save_file(_profile(np.take_along_axis(frequency, rows, axis=1), rows), out / PROFILE)
+    bundles = replace(packed.bundles, path=out / BUNDLES)
+    sums = packed.checksums | {PROFILE: sha256(out / PROFILE)}
+    write_manifest(replace(packed, path=out, bundles=bundles, checksums=sums))
 
 
 def _check(out: Path, needed: int) -> None:
@@ -150,8 +182,9 @@ def _write_sketches(path: Path, config: ModelConfig, seed: int) -> None:
     save_file(arrays, path)
 
 
-def _profile(frequency: np.ndarray) -> dict[str, np.ndarray]:
-    """What `runtime.pack` writes: these frequencies [L, F] at every target; everything else for form's sake."""
+def _profile(frequency: np.ndarray, order: np.ndarray) -> dict[str, np.ndarray]:
+    """What `runtime.pack` writes: these frequencies [L, F] at every target, and this order of the trace's neurons
+    [L, F]; everything else for form's sake."""
     layers, neurons = frequency.shape
     targets = len(CETT_GRID)
     taken = np.full((layers, targets), frequency.mean(), np.float32)
@@ -163,7 +196,7 @@ def _profile(frequency: np.ndarray) -> dict[str, np.ndarray]:
         "active": taken,
         "taken": taken,
         "moved": taken,
-        "order": np.tile(np.arange(neurons, dtype=np.int32), (layers, 1)),
+        "order": order,
         "down_norm": np.ones((layers, neurons), np.float32),
     }
 
@@ -196,9 +229,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_options(parser)
     parser.add_argument("--dtype", choices=["bf16", "int8"], default="bf16", help="of the records")
-    parser.add_argument("--trace", type=Path, required=True, help="whose frequencies the model has")
+    parser.add_argument("--trace", type=Path, help="whose frequencies the model has")
+    parser.add_argument("--like", type=Path, help="a model of this script, whose files are linked")
+    parser.add_argument("--order", choices=["frequency", "shuffled"], help="of the neurons, with --like")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     options = parser.parse_args()
+    if (options.like is None) != (options.order is None) or (options.like is None) == (options.trace is None):
+        parser.error("either --trace, or --like and --order")
+    if options.like is not None:
+        make_like(options.like, options.out, options.order)
+        return
     shape = chosen_shape(parser, options)
     made = make_packed(shape, options.out, BundleDtype(options.dtype), Trace.read(options.trace), seed=options.seed)
     print(json.dumps({"shape": options.shape, "layers": shape.num_hidden_layers, "record_bytes": made}))

@@ -12,15 +12,16 @@ real ones. `--active` records the neurons of largest output in place of those th
 activation keeps, a third for ReGLU. Of a packed model, what its own predictor took is recorded, misses and false alarms
 included, and beside it what was truly active, and the predictor's guesses from the residual before attention and from
 a layer before, the latter also with what its hottest neurons add, by how sure they are. Neurons are numbered by their
-frequency on the calibration text, the hottest first, as in a packed model (benchmarks/make_packed.py gives it that
-frequency). The predictor's pass is run at its real size, on sketches of random bits, and its answer is thrown away. The
-shares and the reuse of what was replayed are measured in the run. Knows predictors by their protocol; nothing in
-runtime/ knows of traces.
+frequency on the calibration text, the hottest first; a packed model of benchmarks/make_packed.py has that frequency,
+and the order that `prepare` would give the records, by what is active together in that text. The predictor's pass
+is run at its real size, on sketches of random bits, and its answer is thrown away. The shares and the reuse of what was
+replayed are measured in the run. Knows predictors by their protocol; nothing in runtime/ knows of traces.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from runtime.affinity import reuse
 from runtime.bench import measure
 from runtime.calibrate import LayerTail, thresholds
 from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.coactivation import disk_order
 from runtime.ffn import DenseFFN
 from runtime.kernels import Kernels, select
 from runtime.load import LOOKAHEADS, LoadOptions, default_heldout, load
@@ -60,13 +62,15 @@ class Trace:
     """What each of T tokens of one text activates in L layers of F neurons.
 
     bits: uint8 [L, T, F / 8 rounded up], bit i % 8 of byte i // 8 is neuron i; frequency: float32 [L, F], share of
-    tokens of another text. beside: other sets of the same tokens by name, as BESIDE has them, or none. ValueError when
-    the shapes do not belong together.
+    tokens of another text. beside: other sets of the same tokens by name, as BESIDE has them, or none. calibration:
+    bits of what is truly active in N tokens of that other text, or none. ValueError when the shapes do not belong
+    together.
     """
 
     bits: np.ndarray
     frequency: np.ndarray
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    calibration: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         layers, neurons = self.frequency.shape
@@ -87,11 +91,12 @@ class Trace:
     def first(self, num_tokens: int) -> Trace:
         """Its first tokens, in memory of their own."""
         beside = {name: bits[:, :num_tokens].copy() for name, bits in self.beside.items()}
-        return Trace(self.bits[:, :num_tokens].copy(), self.frequency, beside)
+        return Trace(self.bits[:, :num_tokens].copy(), self.frequency, beside)  # no calibration: it is large
 
     def save(self, path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, bits=self.bits, frequency=self.frequency, **self.beside)
+            known = {} if self.calibration is None else {"calibration": self.calibration}
+            np.savez_compressed(file, bits=self.bits, frequency=self.frequency, **self.beside, **known)
 
     @classmethod
     def read(cls, path: Path, beside_names: Sequence[str] = BESIDE) -> Trace:
@@ -99,7 +104,7 @@ class Trace:
         try:
             with np.load(path) as arrays:
                 beside = {name: arrays[name] for name in beside_names if name in arrays}
-                return cls(arrays["bits"], arrays["frequency"], beside)
+                return cls(arrays["bits"], arrays["frequency"], beside, arrays.get("calibration"))
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"--trace {path}: not a trace ({error})") from error
 
@@ -135,9 +140,10 @@ def at_share(share: float) -> Keep:
 
 
 @torch.no_grad()
-def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
+def record_taken(packed: Packed, heldout: torch.Tensor, cett: float, calibration: torch.Tensor | None = None) -> Trace:
     """What a packed model's predictor takes of held-out tokens [T] at a CETT, whose inputs are those of the dense
-    model; its checkpoint must be where it was. Raises ColdstreamError."""
+    model, and what is active in calibration tokens [S, T]; its checkpoint must be where it was. Raises
+    ColdstreamError."""
     checkpoint, profile = open_checkpoint(packed.source.path), packed.read(PROFILE)
     sparse = sparse_setup(packed, profile, cett, 0, select())
     own = np.empty(0, bool)
@@ -145,9 +151,7 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
     sources = {"taken": "input", "residual": "residual", "ahead": "ahead"}
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*sources, "active", *SURE)}
     for layer, (ffn, inputs) in enumerate(forward(checkpoint, heldout[None], first)):
-        h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(inputs["input"])[0]  # [T, F]
-        h = h[:, torch.from_numpy(profile["order"][layer].astype(np.int64))]
-        active = ((h.abs() >= torch.from_numpy(sparse.active_at[layer])) & (h != 0)).numpy()
+        active = _active(checkpoint, ffn, inputs["input"][0], profile["order"][layer], sparse.active_at[layer])
         found["active"].append(np.packbits(active, axis=1, bitorder="little"))
         for name, source in sources.items():
             taken = sparse.predictor.predict(layer, inputs[source][0].contiguous().numpy())
@@ -160,7 +164,19 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float) -> Trace:
             mask = np.zeros_like(active) if sure is None or given_up else sure >= at
             found[name].append(np.packbits(mask, axis=1, bitorder="little"))
     sets = {name: np.stack(bits) for name, bits in found.items()}
-    return Trace(sets.pop("taken"), np.minimum(sparse.frequency, 1).astype(np.float32), sets)
+    known: list[np.ndarray] = []
+    for layer, (ffn, inputs) in enumerate(() if calibration is None else forward(checkpoint, calibration)):
+        at = profile["order"][layer], sparse.active_at[layer]
+        known.append(np.packbits(_active(checkpoint, ffn, inputs["input"].flatten(0, 1), *at), 1, bitorder="little"))
+    frequency = np.minimum(sparse.frequency, 1).astype(np.float32)
+    return Trace(sets.pop("taken"), frequency, sets, np.stack(known) if known else None)
+
+
+def _active(checkpoint: Checkpoint, ffn: Any, x: torch.Tensor, order: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """bool [N, F], in the packed model's order: whose activation of x [N, D] reaches `at` [F]."""
+    h = DenseFFN(checkpoint.config.hidden_act, ffn.gate, ffn.up, ffn.down).neurons(x)
+    h = h[:, torch.from_numpy(order.astype(np.int64))]
+    return np.asarray(((h.abs() >= torch.from_numpy(at)) & (h != 0)).numpy())
 
 
 def wrong(guessed: np.ndarray, taken: np.ndarray) -> bool:
@@ -169,7 +185,7 @@ def wrong(guessed: np.ndarray, taken: np.ndarray) -> bool:
 
 
 class Replay:
-    """Sets of a trace for `num_layers` layers of `num_neurons`, hottest neuron first as in a packed model."""
+    """Sets of a trace for `num_layers` layers of `num_neurons`, hottest neuron first unless it is `reordered`."""
 
     def __init__(self, trace: Trace, num_layers: int, num_neurons: int, seed: int = 0) -> None:
         real_layers, real_neurons = trace.frequency.shape
@@ -192,10 +208,29 @@ class Replay:
         ]
         self.trace, self.num_layers, self.num_neurons = trace, num_layers, num_neurons
 
+    def reordered(self, order: np.ndarray) -> Replay:
+        """The same with the neurons in another order, int [L, F]: whoever comes first was number order[l, 0]."""
+        other = copy.copy(self)
+        other._order = [own[o] for own, o in zip(self._order, order, strict=True)]
+        return other
+
+    def disk_order(self, edges: Sequence[int]) -> np.ndarray:
+        """The order in which `prepare` would lay the records out, int32 [L, F], by what is active together on the
+        calibration text; as they are where the trace has none. `edges` go by the frequency."""
+        known, ranks = self.trace.calibration, -np.arange(self.num_neurons)
+        if known is None:
+            return np.tile(np.arange(self.num_neurons, dtype=np.int32), (self.num_layers, 1))
+        tokens = range(known.shape[1])
+        sets = (np.stack([self._set(known, layer, t) for t in tokens]) for layer in range(self.num_layers))
+        return np.stack([disk_order(active, edges, ranks) for active in sets]).astype(np.int32)
+
     def active(self, layer: int, token: int, beside: str | None = None) -> np.ndarray:
         """bool [F], the trace's own sets or some beside them; the trace begins again after its last token."""
         sets = self.trace.bits if beside is None else self.trace.beside[beside]
-        bits = sets[self._parts[layer], token % self.trace.num_tokens]  # [parts, bytes]
+        return self._set(sets, layer, token % self.trace.num_tokens)
+
+    def _set(self, sets: np.ndarray, layer: int, token: int) -> np.ndarray:
+        bits = sets[self._parts[layer], token]  # [parts, bytes]
         real = np.unpackbits(bits, axis=1, count=self.trace.frequency.shape[1], bitorder="little")
         return np.asarray(real.ravel()[self._order[layer]].view(bool))
 
@@ -220,6 +255,13 @@ class Replay:
             shares = [self.active(layer, t, "active").mean() for layer in layers for t in tokens]
             found["active_share"] = float(np.mean(shares))
         return found
+
+
+def replay_on(packed: Packed, trace: Trace, seed: int = 0) -> Replay:
+    """Of a trace on a packed model of benchmarks/make_packed.py, its neurons as they lie there."""
+    config = packed.config
+    replay = Replay(trace, config.num_hidden_layers, config.intermediate_size, seed)
+    return replay.reordered(packed.read(PROFILE)["order"])
 
 
 class ReplayPredictor:
@@ -291,7 +333,8 @@ def sketch_pass(sketches: Sequence[PlaneSketch], kernels: Kernels) -> Callable[[
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """`coldstream bench` of a packed model, the trace in its predictor's place; its figures and the trace's own."""
     trace = Trace.read(options.trace)
-    config = open_packed(Path(options.model)).config
+    packed = open_packed(Path(options.model))
+    config = packed.config
     made: list[ReplayPredictor] = []
 
     def adapt(_: Predictor | None, kernels: Kernels) -> Predictor:
@@ -302,7 +345,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         ]
         run, num_bytes = sketch_pass(sketches, kernels), sum(s.num_bytes for s in sketches)
         calls = 2 if options.lookahead == "attention" else 1
-        replay = Replay(trace, config.num_hidden_layers, config.intermediate_size, options.seed)
+        replay = replay_on(packed, trace, options.seed)
         made.append(ReplayPredictor(replay, run, num_bytes, calls))
         return made[0]
 
@@ -337,7 +380,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("model", help="a checkpoint, or a packed model whose checkpoint is where it was")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--tokens", type=int, default=2304, help="of the held-out text, in one window")
-    one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens, for the thresholds")
+    one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens")
     one.add_argument("--cett", type=float, default=0.05)
     one.add_argument("--active", type=float, help="share of the neurons to keep, in place of --cett")
     two = verbs.add_parser("bench", help="decode with the sets of a trace")
@@ -363,8 +406,10 @@ def main() -> None:
         return
     if is_packed(Path(options.model)):
         packed = open_packed(Path(options.model))
-        heldout = tokens_of(Tokenizer.from_dir(packed.path), "heldout.txt", 1, options.tokens)[0]
-        record_taken(packed, heldout, options.cett).save(options.out)
+        tokenizer = Tokenizer.from_dir(packed.path)
+        heldout = tokens_of(tokenizer, "heldout.txt", 1, options.tokens)[0]
+        calibration = tokens_of(tokenizer, "calibration.txt", options.calibration_windows, options.tokens)
+        record_taken(packed, heldout, options.cett, calibration).save(options.out)
         return
     checkpoint = open_checkpoint(options.model)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

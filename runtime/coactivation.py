@@ -7,7 +7,9 @@ Pure functions on arrays; knows neither layers nor files. The top-average co-act
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,15 +76,17 @@ def coactivation_order(counts: np.ndarray, num_hot: int) -> np.ndarray:
     return np.concatenate([hot, cold[_chain(similarity)]])
 
 
-def disk_order(active: np.ndarray, num_hot: int, block: int = 4096) -> np.ndarray:
-    """`coactivation_order` from active sets, bool [N, F], in memory that does not grow with F²: the cold neurons are
-    chained in blocks of like frequency."""
-    by_frequency = frequency_order(active.mean(axis=0))
-    parts = [by_frequency[:num_hot]]
-    for start in range(num_hot, by_frequency.size, block):
-        part = by_frequency[start : start + block]
-        parts.append(part[_chain(_cosine(joint_counts(active[:, part])))])
-    return np.concatenate(parts)
+def disk_order(
+    active: np.ndarray, edges: Sequence[int], frequency: np.ndarray | None = None, block: int = 4096
+) -> np.ndarray:
+    """Neuron ids in the order for the disk, int64 [F], from active sets, bool [N, F]: the hottest first from one of
+    `edges` to the next (ascending; those below any edge are the hottest so many, whichever of them is pinned), and
+    between two edges chained as `coactivation_order` does, in blocks of like frequency, so that memory does not grow
+    with F². frequency [F]: what ranks them, unless it is that of the sets."""
+    ranked = frequency_order(active.mean(axis=0) if frequency is None else frequency)
+    bounds = sorted({0, *edges, ranked.size})
+    parts = [ranked[at : min(at + block, end)] for start, end in pairwise(bounds) for at in range(start, end, block)]
+    return np.concatenate([part[_chain(_cosine(joint_counts(active[:, part])))] for part in parts])
 
 
 def _cosine(counts: np.ndarray) -> np.ndarray:

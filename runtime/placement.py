@@ -1,6 +1,7 @@
 """Which neurons are always computed and how many of each layer stay in memory: pure functions of frequencies.
 
-Neurons are numbered as they lie in a packed model, the hottest first. Knows counts and shares; not bytes, not files.
+Neurons are numbered as they lie in a packed model: the hottest tenth first, then the next one, as far as PINNED_SHARES
+go. Knows counts and shares; not bytes, not files.
 Shapes: L layers, F neurons.
 """
 

@@ -66,7 +66,7 @@ class Samples:
         epsilon = float(thresholds(tail, tail.magnitude, [_ORDER_CETT])[0])
         sets = _ActiveSets(layer.down_norm, epsilon)
         self._statistics.step(layer, watch=sets)
-        order = disk_order(sets.active(), pinned_sizes(h.shape[1])[-1])
+        order = disk_order(sets.active(), pinned_sizes(h.shape[1]))
         packed = _reordered(layer, order)
         sketch = _sketch(packed, InputStatistics.of(sets.inputs().numpy()))
         return _tuned(packed, order, sketch, x, h[:, torch.from_numpy(order)], layout, targets)
@@ -137,8 +137,8 @@ def _tuned(
 
 
 def _moved_share(predicted: np.ndarray, tau: float, sketch_share: float, layout: BundleLayout) -> float:
-    """Share of the layer's bytes that a token reads: beside the sketch the hottest records are resident, and the
-    others are read above `tau`. predicted [N, F]. Reads are merged and aligned as served."""
+    """Share of the layer's bytes that a token reads: beside the sketch the first records, very nearly the hottest,
+    are resident, and the others are read above `tau`. predicted [N, F]. Reads are merged and aligned as served."""
     num = predicted.shape[1]
     resident = int(max(0.0, REFERENCE_CACHE - sketch_share) * num)
     if tau == 0.0:

@@ -15,16 +15,16 @@ from benchmarks.disk_report import write_report
 from benchmarks.forced import POLICIES, decode
 from benchmarks.lookahead import show, table
 from benchmarks.make_checkpoint import SHAPES
-from benchmarks.make_packed import make_packed, random_records
+from benchmarks.make_packed import make_like, make_packed, random_records
 from benchmarks.packed_gguf import write_gguf
 from benchmarks.predictors import forward
-from benchmarks.traces import BESIDE, SURE, Replay, ReplayPredictor, Trace, record_taken
+from benchmarks.traces import BESIDE, SURE, Replay, ReplayPredictor, Trace, record_taken, replay_on
 from cache.bundle import BundleDtype, BundleLayout, unpack_vector
 from runtime.affinity import reuse
 from runtime.checkpoint import open_checkpoint
 from runtime.ffn import DenseFFN
 from runtime.load import LoadOptions, load, prepare
-from runtime.packed import PROFILE, open_packed
+from runtime.packed import BUNDLES, PROFILE, RESIDENT, open_packed
 from runtime.sparse import interpolate
 from tests.conftest import TinyModel
 
@@ -37,12 +37,13 @@ def make_trace() -> Trace:
     taken = np.random.default_rng(0).random((LAYERS, TOKENS, NEURONS)) < np.linspace(0.05, 0.6, NEURONS)
     bits = np.packbits(taken, axis=2, bitorder="little")
     beside = {name: np.roll(bits, shift, axis=1) for shift, name in enumerate(BESIDE)}
-    return Trace(bits, taken.mean(axis=1, dtype=np.float32), beside)
+    return Trace(bits, taken.mean(axis=1, dtype=np.float32), beside, np.concatenate([bits, bits], axis=1))
 
 
 def test_what_lies_beside_a_trace_survives_and_is_replayed(tmp_path: Path) -> None:
     make_trace().save(tmp_path / "trace")
     trace = Trace.read(tmp_path / "trace")
+    assert trace.calibration is not None and trace.calibration.shape == (LAYERS, 2 * TOKENS, NEURONS // 8)
     with pytest.raises(ValueError, match="another shape"):
         replace(trace, beside={"active": trace.bits[:1]})
     replay = Replay(trace, 2, NEURONS)
@@ -83,7 +84,8 @@ def test_what_a_packed_model_takes_is_recorded(tiny_relu2: TinyModel, tmp_path: 
     options = (tiny_relu2.text, None, "auto", False, lambda what, share: None)
     packed = open_packed(prepare(str(tiny_relu2.checkpoint), tmp_path / "packed", *options))
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, packed.config.vocab_size, 64))
-    trace, profile = record_taken(packed, tokens, 0.1), packed.read(PROFILE)
+    trace, profile = record_taken(packed, tokens, 0.1, tokens.view(1, 64)), packed.read(PROFILE)
+    np.testing.assert_array_equal(trace.calibration, trace.beside["active"])
     loaded = load(str(packed.path), LoadOptions(mode="sparse", cett=0.1, threads=1), lambda what, share: None)
     epsilon = interpolate(profile["targets"], profile["epsilon"], 0.1)
     with torch.no_grad():
@@ -120,13 +122,37 @@ def test_a_made_model_decodes_what_is_forced(dtype: BundleDtype, tmp_path: Path)
         model=tmp_path / "model", trace=tmp_path / "trace", memory=None, mode="sparse", threads=1, io_engine="auto",
         lookahead="none", sets="taken", merge_gap=0, max_model_len=1024, warm=3, tokens=5,
     )  # fmt: skip
-    replay = Replay(trace, SHAPE.num_hidden_layers, SHAPE.intermediate_size)
+    replay = replay_on(open_packed(tmp_path / "model"), trace)
     for policy in POLICIES if dtype is BundleDtype.BF16 else ("ours",):
         found = decode(argparse.Namespace(**options, policy=policy))
         assert found["hit_rate"] == 1 and found["misses"] == found["reference_misses"] == 0
         assert found | replay.facts(3, 8) == found
     dense = decode(argparse.Namespace(**options | {"mode": "dense"}, policy="ours"))
     assert dense["mode"] == "dense" and dense["tokens_per_s"] > 0
+
+
+def test_a_model_may_have_the_same_neurons_in_another_order(tmp_path: Path) -> None:
+    """Whatever the order, the same sets are replayed, with the hottest in front as far as they may be pinned."""
+    trace, num = make_trace(), SHAPE.intermediate_size
+    assert (Replay(replace(trace, calibration=None), 2, num).disk_order((0,)) == np.arange(num)).all()
+    make_packed(SHAPE, tmp_path / "model", BundleDtype.BF16, trace)
+    plain = Replay(trace, SHAPE.num_hidden_layers, num)
+    for order in ("frequency", "shuffled"):
+        make_like(tmp_path / "model", tmp_path / order, order)
+    with pytest.raises(SystemExit, match="exists already"):
+        make_like(tmp_path / "model", tmp_path / "shuffled", "shuffled")
+    for name in ("model", "frequency", "shuffled"):
+        packed = open_packed(tmp_path / name)
+        replay, profile = replay_on(packed, trace), packed.read(PROFILE)
+        np.testing.assert_array_equal(profile["frequency"][0], replay.frequency())
+        first = round(0.2 * num)
+        for layer, order in enumerate(profile["order"]):
+            assert sorted(order) == list(range(num)) and sorted(order[:first]) == list(range(first))
+            assert (name == "frequency") == bool((order == np.arange(num)).all())
+            np.testing.assert_array_equal(replay.active(layer, 7), plain.active(layer, 7)[order])
+        for file in (BUNDLES, RESIDENT):
+            assert (packed.path / file).samefile(tmp_path / "model" / file)
+        load(str(packed.path), LoadOptions(threads=1), lambda what, share: None).close()
 
 
 def test_a_gguf_has_the_weights_of_the_packed_model(tmp_path: Path) -> None:

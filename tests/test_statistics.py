@@ -158,6 +158,25 @@ class TestCoactivation:
         for num_hot in (0, 12):
             assert sorted(coactivation.coactivation_order(counts, num_hot)) == list(range(12))
 
+    def test_the_disk_order_has_the_hottest_first_at_each_edge_and_friends_together_between(self) -> None:
+        rng = np.random.default_rng(8)
+        group = rng.permutation(np.repeat(np.arange(8), 5))
+        often = np.where(np.arange(8) < 4, 0.5, 0.1)  # four groups are hot
+        active = (rng.random((600, 8)) < often)[:, group]
+        edges = (0, 10, 20)
+        order = coactivation.disk_order(active, edges)
+        np.testing.assert_array_equal(np.sort(order), np.arange(40))
+        frequency = active.mean(axis=0)
+        for edge in edges:
+            assert frequency[order[:edge]].min(initial=1) >= frequency[order[edge:]].max()
+        assert int((np.diff(group[order[:10]]) != 0).sum()) == int((np.diff(group[order[10:20]]) != 0).sum()) == 1
+        assert int((np.diff(group[order[20:]]) != 0).sum()) == 3  # each group is one run
+        other = rng.random(40)
+        ranked = coactivation.disk_order(active, edges, other)
+        assert set(ranked[:10]) == set(np.argsort(-other)[:10])
+        small = coactivation.disk_order(active, edges, block=7)
+        assert [set(small[a:b]) for a, b in ((0, 10), (10, 20))] == [set(order[a:b]) for a, b in ((0, 10), (10, 20))]
+
 
 def naive_ranked(steps: list[np.ndarray], capacity: int, key: dict[int, tuple[float, ...]], lru: bool) -> int:
     """A cache of sets: hits, then misses enter and the least recently used leave."""
