@@ -186,8 +186,8 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         (out / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+def add_shape_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--shape", choices=SHAPES, required=required)
     parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
     parser.add_argument("--seed", type=int, default=0)
 

@@ -227,15 +227,16 @@ def _write_manifest(out: Path, config: ModelConfig, bundles: BundleFile) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape_options(parser)
+    add_shape_options(parser, required=False)
     parser.add_argument("--dtype", choices=["bf16", "int8"], default="bf16", help="of the records")
     parser.add_argument("--trace", type=Path, help="whose frequencies the model has")
     parser.add_argument("--like", type=Path, help="a model of this script, whose files are linked")
     parser.add_argument("--order", choices=["frequency", "shuffled"], help="of the neurons, with --like")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     options = parser.parse_args()
-    if (options.like is None) != (options.order is None) or (options.like is None) == (options.trace is None):
-        parser.error("either --trace, or --like and --order")
+    new, other = (options.shape, options.trace), (options.like, options.order)
+    if (None in new) == (None in other):
+        parser.error("either --shape and --trace, or --like and --order")
     if options.like is not None:
         make_like(options.like, options.out, options.order)
         return
