@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import os
 
 import numpy as np
 
@@ -33,3 +35,18 @@ def not_mapped(num_bytes: int, error: OSError) -> ColdstreamError:
     """What to say to a user whose kernel refuses so much memory."""
     what = f"{format_size(num_bytes)} of main memory cannot be had ({error.strerror})"
     return ColdstreamError(f"{what}: say a smaller --memory, or raise the limit of address space (ulimit -v)")
+
+
+def drop_pages(arena: np.ndarray, start: int, stop: int) -> None:
+    """Gives the kernel the whole pages of bytes start..stop-1; they read as zeros until they are written again.
+
+    OSError when the kernel refuses, as it does for locked memory.
+    """
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if first >= last:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    place, size = ctypes.c_void_p(arena.ctypes.data + first), ctypes.c_size_t(last - first)
+    if libc.madvise(place, size, mmap.MADV_DONTNEED) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"madvise: {os.strerror(code)}")

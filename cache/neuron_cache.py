@@ -3,9 +3,10 @@
 Knows layers, neuron ids and bytes; has never heard of tokens or tensors. One thread uses it (the engine's); `snapshot`
 may be called from any thread. One arena holds everything that is computed with:
 
-    | slots: num_slots x stride | staging: where reads land |
+    | slots: num_slots x stride | spare slots | staging: where reads land |
 
-so that a record is an offset of the arena, whether it stays or only passes through.
+so that a record is an offset of the arena, whether it stays or only passes through. Spare slots are lent: `give_back`
+empties them and hands their memory to whoever needs it for a while.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.arena import new_arena
+from cache.arena import drop_pages, new_arena
 from cache.budget import smallest_staging_bytes
 from cache.bundle import BundleLayout, checksum_weights
 from cache.device_curve import DeviceCurve, cost_and_gap
@@ -143,8 +144,8 @@ class NeuronCache:
     slots_per_layer: how many records of each layer may stay. staging_bytes: where reads land; a set of misses that does
     not fit makes `acquire` return None. frequency: share of tokens [L, F] that used a neuron in the profile; it ranks
     the neurons until the cache has seen its own. curve: of the file's device; it says which gaps are worth reading to
-    save a request. lookahead: a quarter of staging is for `prefetch`, unless a set of misses needs all of it. Costs:
-    slots + staging + 4 bytes a neuron.
+    save a request. spare_per_layer: slots beside those, until `give_back`. lookahead: a quarter of staging is for
+    `prefetch`, unless a set of misses needs all of it. Costs: slots + staging + 4 bytes a neuron.
     """
 
     tier = "cpu"
@@ -160,14 +161,22 @@ class NeuronCache:
         queue_depth: int = 256,
         curve: DeviceCurve | None = None,
         lookahead: bool = False,
+        spare_per_layer: Sequence[int] | None = None,
     ) -> None:
         file.check()
         self.file = file
         self.layout: BundleLayout = file.layout
         stride = self.layout.stride
         self._slots_per_layer = np.minimum(np.asarray(slots_per_layer, np.int64), file.num_neurons)
+        spare = (
+            np.zeros(file.num_layers, np.int64) if spare_per_layer is None else np.asarray(spare_per_layer, np.int64)
+        )
+        self._spare_per_layer = np.minimum(spare, file.num_neurons - self._slots_per_layer)
         self._base = np.concatenate([[0], np.cumsum(self._slots_per_layer)])  # first slot of each layer
-        num_slots = int(self._base[-1])
+        self._num_own = int(self._base[-1])  # the others are spare
+        self._spare_base = self._num_own + np.concatenate([[0], np.cumsum(self._spare_per_layer)])
+        self._has_spare = bool(self._spare_per_layer.any())
+        num_slots = int(self._spare_base[-1])
         self._staging = -(-num_slots * stride // _PAGE) * _PAGE
         self._staging_bytes = max(staging_bytes, smallest_staging_bytes(self.layout)) // _PAGE * _PAGE
         self.arena = new_arena(self._staging + self._staging_bytes)
@@ -203,7 +212,8 @@ class NeuronCache:
 
     @property
     def slots_per_layer(self) -> list[int]:
-        return [int(n) for n in self._slots_per_layer]
+        """Now: with the spare ones, unless they are given back."""
+        return [self._slots(layer).size for layer in range(self.file.num_layers)]
 
     @property
     def staging_bytes(self) -> int:
@@ -212,6 +222,36 @@ class NeuronCache:
     def resident(self, layer: int) -> np.ndarray:
         """Ids of the layer's neurons that are in slots, ascending."""
         return np.flatnonzero(self._slot_of[layer] >= 0).astype(np.int32)
+
+    # -- spare slots ------------------------------------------------------------------------------------------------
+
+    def give_back(self) -> None:
+        """Empties the spare slots and gives the kernel their memory, until `take_back`. No lease may be out."""
+        if not self._has_spare:
+            return
+        self._one_user()
+        self._take_begun(-1)  # it counts on who was resident
+        self._has_spare = False
+        for layer in range(self.file.num_layers):
+            spare = slice(self._spare_base[layer], self._spare_base[layer + 1])
+            gone = self._owner[spare][self._owner[spare] >= 0]
+            self._slot_of[layer, gone] = -1
+            self._used[layer] -= gone.size
+            self._counts.evictions += gone.size
+        self._owner[self._num_own :] = -1
+        with contextlib.suppress(OSError):  # locked memory stays where it is, and is somebody else's promise
+            drop_pages(self.arena, self._num_own * self.layout.stride, self._staging)
+
+    def take_back(self) -> None:
+        """The spare slots may be used again; they fill with what is read from now on."""
+        self._has_spare = bool(self._spare_per_layer.any())
+
+    def _slots(self, layer: int) -> np.ndarray:
+        """Of the layer, int64, ascending."""
+        own = np.arange(self._base[layer], self._base[layer + 1])
+        if not self._has_spare:
+            return own
+        return np.concatenate([own, np.arange(self._spare_base[layer], self._spare_base[layer + 1])])
 
     # -- sparse: some neurons of a layer ---------------------------------------------------------------------------
 
@@ -421,7 +461,7 @@ class NeuronCache:
         """Fills the layer's slots with the neurons that the policy ranks highest. Raises ReadError."""
         self._take_begun(-1)
         self._take_ahead(-1)
-        size = int(self._slots_per_layer[layer])
+        size = self._slots(layer).size
         best = np.argsort(-self._policy.scores(layer), kind="stable")[:size]
         ids = np.sort(best[self._slot_of[layer, best] < 0]).astype(np.int32)
         step = max(1, self._staging_bytes // 2 // self.layout.stride)
@@ -445,7 +485,7 @@ class NeuronCache:
             misses=c.lookups - c.hits,
             insertions=c.insertions,
             evictions=c.evictions,
-            capacity_bytes=self._owner.size * stride,
+            capacity_bytes=sum(self.slots_per_layer) * stride,
             used_bytes=int(self._used.sum()) * stride,
         )
         moved = TransferSnapshot(c.read_bytes, c.needed_bytes, c.requests, c.read_s, c.stall_s)
@@ -583,17 +623,17 @@ class NeuronCache:
             raise ReadError(str(self.file.path), start, self.layout.record_bytes, reason)
 
     def _admit(self, layer: int, ids: np.ndarray, offsets: np.ndarray) -> None:
-        size = int(self._slots_per_layer[layer])
-        if not size:
+        own = self._slots(layer)
+        if not own.size:
             return
-        free = size - int(self._used[layer])
+        free = own.size - int(self._used[layer])
         scores = self._policy.scores(layer)
-        residents = self._owner[self._base[layer] : self._base[layer] + size]
+        residents = self._owner[own]
         taken = np.flatnonzero(residents >= 0)
         admit, evict = choose_swaps(scores[ids], scores[residents[taken]], free)
         slots = self._free_slots(layer, admit.size - evict.size)
         if evict.size:
-            freed = self._base[layer] + taken[evict]
+            freed = own[taken[evict]]
             self._slot_of[layer, self._owner[freed]] = -1
             self._owner[freed] = -1
             self._used[layer] -= evict.size
@@ -604,8 +644,8 @@ class NeuronCache:
     def _free_slots(self, layer: int, num: int) -> np.ndarray:
         if num <= 0:
             return np.empty(0, np.int64)
-        first, last = self._base[layer], self._base[layer + 1]
-        return np.asarray(first + np.flatnonzero(self._owner[first:last] < 0)[:num])
+        own = self._slots(layer)
+        return np.asarray(own[self._owner[own] < 0][:num])
 
     def _insert(self, layer: int, ids: np.ndarray, offsets: np.ndarray, slots: np.ndarray) -> None:
         copy_records(self.arena, offsets, slots * self.layout.stride, self.layout.record_bytes)
@@ -616,7 +656,7 @@ class NeuronCache:
 
     def _in_order(self, layer: int) -> bool:
         """Whether the layer is resident as a whole and in order, so that its slots are one chunk."""
-        if self._used[layer] < self.file.num_neurons:
+        if self._slots_per_layer[layer] < self.file.num_neurons or self._used[layer] < self.file.num_neurons:
             return False
         first = int(self._base[layer])
         return bool((self._owner[first : first + self.file.num_neurons] == np.arange(self.file.num_neurons)).all())

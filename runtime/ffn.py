@@ -21,6 +21,7 @@ from runtime.audit import Auditor
 from runtime.batch import BatchKind, ModelCounters
 from runtime.kernels import Kernels
 from runtime.model import NextInput
+from runtime.plan import FEW_ROWS
 from runtime.predictor import Predictor
 from runtime.read_cost import reading_seconds
 from runtime.step_choice import StepChoice
@@ -30,7 +31,6 @@ _ALONE = 2.0  # times slower reading apart must be before one row's step streams
 _SURE = 2.0  # confidence from which a guess is read a layer ahead: 4 % of the misses are then read in vain (LOG.md)
 _HOPELESS = 1.5  # times the time of reading apart: streaming that should take longer is not tried
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
-FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 
 
 class DenseFFN:

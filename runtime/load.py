@@ -42,9 +42,10 @@ from runtime.model import LayerWeights, Model, ModelWeights, as_numpy
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
 from runtime.placement import share_slots
-from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan
+from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan, spread
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
 from runtime.prefix_store import DEFAULT_BYTES, PrefixStore
+from runtime.room import SpareRoom
 from runtime.row_file import RowFile
 from runtime.sparse import Sparse, sparse_setup
 from runtime.streamed_layers import StreamedLayers
@@ -250,7 +251,8 @@ def open_forecast(
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
     others = plan.multiplied_bytes, plan.streamed_bytes
     ahead = _lookahead("auto", plan, sparse, packed.bundles.layer_bytes) == "layer"
-    return forecast(packed.bundles, _slots(plan, sparse), frequency, *others, terms, machine, dense, ahead)
+    slots = np.add(_slots(plan, sparse), _spare_slots(plan, sparse)).tolist()
+    return forecast(packed.bundles, slots, frequency, *others, terms, machine, dense, ahead)
 
 
 def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuForecast | None:
@@ -439,7 +441,8 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
     ffn = OffloadedFFN(cache, kernels, config.hidden_act, predictor, dtype, active_at, auditor)
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype)
     look_ahead, guesses_next = ffn.look_ahead if lookahead == "attention" else None, lookahead == "layer"
-    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead, guesses_next)
+    room = SpareRoom(cache, plan.max_num_seqs)
+    decoder = Model(config, weights, ffn, kernels, plan.max_model_len, ffn.counters, look_ahead, guesses_next, room)
     constraints = ConstraintCompiler(opened.tokenizer, config.vocab_size, config.eos_token_ids)
     engine = Engine(
         decoder,
@@ -449,7 +452,7 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
         plan.memory_levels(),
         auditor,
         constraints,
-        _prefix_store(opened, kv, options),
+        _prefix_store(opened, kv, options, room.make),
     )
     info = opened.info(sparse, predictor) | {
         "device": "cpu",
@@ -478,14 +481,16 @@ def _lookahead(wanted: str, plan: Plan, predictor: object | None, layer_bytes: i
     return "none" if predictor is None or (wanted == "layer" and streamed) else wanted
 
 
-def _prefix_store(opened: _Opened, kv: KVCache, options: LoadOptions) -> PrefixStore | None:
+def _prefix_store(
+    opened: _Opened, kv: KVCache, options: LoadOptions, make_memory: Callable[[], None] | None = None
+) -> PrefixStore | None:
     """Keys and values depend on the tokens, on the packed model as its manifest tells it, and on who computes."""
     if options.prefix_cache_dir is None:
         return None
     computed = (VERSION, PREFILL_CHUNK, kv.block_size, str(kv.dtype), str(kv.keys.device), opened.kernels.name)
     what = (opened.packed.path / MANIFEST).read_bytes() + repr(computed).encode()
     model = hashlib.sha256(what).hexdigest()[:24]
-    return PrefixStore(options.prefix_cache_dir, model, kv, options.prefix_cache_disk or DEFAULT_BYTES)
+    return PrefixStore(options.prefix_cache_dir, model, kv, options.prefix_cache_disk or DEFAULT_BYTES, make_memory)
 
 
 def contract_info(packed: Packed, mode: str) -> dict[str, object]:
@@ -531,9 +536,15 @@ def _cache(
     lookahead: bool,
 ) -> NeuronCache:
     """Slots go where they save most; those of pinned neurons for good. frequency [L, F]: how often needed."""
-    slots = _slots(plan, sparse)
     cache = NeuronCache(
-        packed.bundles, slots, plan.staging_bytes, frequency, io_engine=io_engine, curve=curve, lookahead=lookahead
+        packed.bundles,
+        _slots(plan, sparse),
+        plan.staging_bytes,
+        frequency,
+        io_engine=io_engine,
+        curve=curve,
+        lookahead=lookahead,
+        spare_per_layer=_spare_slots(plan, sparse),
     )
     for layer, num in enumerate(() if sparse is None else sparse.pinned):
         cache.pin(layer, np.arange(num))
@@ -545,6 +556,14 @@ def _slots(plan: Plan | GpuPlan, sparse: Sparse | None) -> Sequence[int]:
     if sparse is None:
         return plan.slots_per_layer
     return [int(n) for n in share_slots(sparse.frequency, sum(plan.slots_per_layer))]
+
+
+def _spare_slots(plan: Plan, sparse: Sparse | None) -> Sequence[int]:
+    """Of each layer, beside `_slots`: together they go where they save most."""
+    if sparse is None:
+        return spread(plan.num_spare_slots, len(plan.slots_per_layer))
+    together = share_slots(sparse.frequency, plan.num_slots + plan.num_spare_slots)
+    return [int(n) for n in together - share_slots(sparse.frequency, plan.num_slots)]
 
 
 def io_info(cache: NeuronCache, curve: DeviceCurve | None) -> dict[str, object]:

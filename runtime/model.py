@@ -44,6 +44,10 @@ class FFN(Protocol):
     ) -> list[torch.Tensor]: ...
 
 
+MakeRoom = Callable[[Sequence[Batch]], None]
+"""Told the batches of a step before anything of it is allocated."""
+
+
 class LookAhead(Protocol):
     """A hint before a layer's attention: what the FFN's inputs would be without it, fp32 [N, D] each."""
 
@@ -172,14 +176,15 @@ class Model:
         counters: Callable[[], ModelCounters],
         look_ahead: LookAhead | None = None,
         guesses_next: bool = False,
+        make_room: MakeRoom | None = None,
     ) -> None:
         """look_ahead: called before each layer's attention. guesses_next: each layer's FFN gets a `next_input`; for
-        layers that are in memory."""
+        layers that are in memory. make_room: called before each step."""
         self.config = config
         self.counters = counters
         self._weights = weights
         self._ffn = ffn
-        self._look_ahead, self._guesses_next = look_ahead, guesses_next
+        self._look_ahead, self._guesses_next, self._make_room = look_ahead, guesses_next, make_room
         self._kernels = kernels
         self._cos, self._sin = rope_tables(config, max_model_len)
         self._scale = config.head_dim**-0.5
@@ -197,6 +202,8 @@ class Model:
         Writes the batches' keys and values into `kv`; a batch sees what those before it have written, so that chunks of
         one prompt may come together, in order. `check` is called before every layer and may raise.
         """
+        if self._make_room is not None:
+            self._make_room(batches)
         rows = [_Rows(b, self._weights, self._cos, self._sin, kv.slots(b)) for b in batches]
         kinds = [b.kind for b in batches]
         for i, w in enumerate(self._weights.layers):

@@ -35,6 +35,7 @@ LAYERS_AT_ONCE = 4  # of attention that is streamed: computed with, just given u
 BLOCK_SIZE = 16  # tokens of a KV block
 DEFAULT_MAX_MODEL_LEN = 4096
 PREFILL_CHUNK = 512  # rows
+FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
 SCORE_ROWS = 128  # rows of a scoring chunk: logits of more would be the largest thing in memory
 
 _MIB = 1 << 20
@@ -66,6 +67,7 @@ _SAMPLER_BYTES = 56  # a logit of the row being sampled: changed, softmax, sorte
 _SCORE_BYTES = 10  # a logit of a scored row: fp32 and its exponential, or as multiplied (bf16) and fp32
 _SLACK_BYTES = 32 * _MIB  # freed blocks that stay with glibc, and holes between them
 _HEADROOM_BYTES = 32 * _MIB
+_SPARE_MARGIN = 16 * _MIB  # of scratch, for what comes between steps: an audit's records, huge pages cut at the ends
 _HEADROOM_SHARE = 256  # one part in so many of the budget, twice what page tables take
 
 
@@ -134,6 +136,8 @@ class Plan:
     disk_bytes: int  # of the packed model; what a checkpoint already holds is not counted again
     smallest_budget_bytes: int  # with these options
     slots_per_layer: tuple[int, ...]
+    num_spare_slots: int  # in the bytes of scratch, between steps of many rows
+    spare_bytes: int  # of those
     num_pinned: int  # neurons of a sparse layer that are always computed, and always resident
     kv_blocks: int
     block_size: int
@@ -154,6 +158,11 @@ class Plan:
     def ffn_cache_share(self) -> float:
         """Share of the FFN that fits the slots, 0..1."""
         return self.slab_bytes / self.ffn_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Those that are always there."""
+        return sum(self.slots_per_layer)
 
     @property
     def multiplied_bytes(self) -> int:
@@ -414,9 +423,8 @@ class _Sizes(ModelSizes):
         Loading is over before slots, KV and staging are first touched, so it may use their room; a tied head leaves
         the embedding as the largest tensor, which comes before the layers.
         """
-        phases = (self._attention_bytes(shape.max_model_len), self._ffn_bytes(shape), self._score_bytes())
         serving = {
-            "scratch.step": self._activation_bytes(shape.max_model_len) + max(phases),
+            "scratch.step": self._wide_step_bytes(shape),
             "scratch.sampling": self._sampling_bytes(),
             "scratch.requests": self.request_bytes(shape.max_model_len),
             "scratch.allocator": _SLACK_BYTES,
@@ -428,31 +436,51 @@ class _Sizes(ModelSizes):
         padding = _PAGE + round_up(self.layout.stride, _PAGE)  # of the arena: between its parts, and a spare record
         return serving | {"scratch.loading": loading, "scratch.arena_padding": padding}
 
+    def spare_slots(self, shape: _Shape) -> int:
+        """Slots that fit what only steps of many rows take: between two of those they hold neurons. None in dense mode,
+        where slots are filled once, and beside a number of slots that was asked for."""
+        room = self._wide_step_bytes(shape) - self._narrow_step_bytes(shape) - _SPARE_MARGIN
+        absent = self.num_neurons - shape.num_slots
+        if self.options.mode == "dense" or self.options.ffn_cache is not None:
+            return 0
+        return min(absent, max(0, room) // self.layout.stride)
+
+    def _wide_step_bytes(self, shape: _Shape) -> int:
+        """A chunk of a prompt, or one that is scored."""
+        rows = self.chunk_rows(shape.max_model_len)
+        phases = (self._attention_bytes(shape.max_model_len, rows), self._ffn_bytes(shape, rows), self._score_bytes())
+        return self._activation_bytes(rows) + max(phases)
+
+    def _narrow_step_bytes(self, shape: _Shape) -> int:
+        """At most `narrow_rows`, by kernels that widen nothing: logits are the sampler's."""
+        rows, c = narrow_rows(self.options.max_num_seqs), self.config
+        ffn = rows * (c.intermediate_size * (4 * 4 + 2 + 1 + 8) + c.hidden_size * 4 * 3)
+        return self._activation_bytes(rows) + max(self._attention_bytes(shape.max_model_len, rows), ffn)
+
     def chunk_rows(self, max_model_len: int) -> int:
         """Rows of the largest prefill chunk."""
         return min(PREFILL_CHUNK, max_model_len)
 
-    def _activation_bytes(self, max_model_len: int) -> int:
-        """fp32 rows of a prefill chunk: residual, normed, projections, rotated, attended and their casts."""
+    def _activation_bytes(self, rows: int) -> int:
+        """fp32 rows of a step: residual, normed, projections, rotated, attended and their casts."""
         c = self.config
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        return self.chunk_rows(max_model_len) * 4 * (8 * c.hidden_size + 6 * heads)
+        return rows * 4 * (8 * c.hidden_size + 6 * heads)
 
-    def _attention_bytes(self, max_model_len: int) -> int:
+    def _attention_bytes(self, max_model_len: int, rows: int) -> int:
         """One sequence's keys and values of a layer, gathered and in fp32; masks; blocks of scores."""
         c = self.config
         gathered = max_model_len * c.num_key_value_heads * c.head_dim * 2 * (4 + self.item_bytes)
-        mask = self.chunk_rows(max_model_len) * max_model_len * (2 + 4)
+        mask = rows * max_model_len * (2 + 4)
         return gathered + mask + 8 * _MIB
 
-    def _ffn_bytes(self, shape: _Shape) -> int:
+    def _ffn_bytes(self, shape: _Shape, rows: int) -> int:
         """A chunk of a streamed layer widened to the GEMM's dtype, one vector at a time, and what its neurons give."""
         c = self.config
         whole_layers = shape.num_slots > self.most_partial_slots  # then a layer is one chunk
         in_half = max(1, shape.staging_bytes // 2 // self.layout.stride)
         chunk = c.intermediate_size if whole_layers else min(c.intermediate_size, in_half)
         widened = chunk * c.hidden_size * {"int8": 4 + 4 + 2, "fp32": 4, "bf16": 6, "fp16": 6}[self.layout.dtype.value]
-        rows = self.chunk_rows(shape.max_model_len)
         hidden = rows * chunk * (4 * 4 + 2 + 1)
         out = rows * c.hidden_size * 4 * 3
         scored = max(SCORE_ROWS, self.options.max_num_seqs) * c.intermediate_size * 8  # predictions, masks, copies
@@ -518,6 +546,11 @@ def context_lengths(sizes: ModelSizes) -> list[int]:
     while found[-1] > _SMALLEST_MAX_MODEL_LEN:
         found.append(max(found[-1] // 2, _SMALLEST_MAX_MODEL_LEN))
     return found
+
+
+def narrow_rows(max_num_seqs: int) -> int:
+    """Rows of a step that takes next to no scratch: of all sequences, or the last few of a prompt."""
+    return max(FEW_ROWS, max_num_seqs)
 
 
 def headroom(budget: int) -> int:
@@ -635,6 +668,8 @@ def _plan(sizes: _Sizes, shape: _Shape, budget: int, source: str, smallest: int,
         disk_bytes=sizes.disk_bytes(),
         smallest_budget_bytes=smallest,
         slots_per_layer=spread(shape.num_slots, sizes.config.num_hidden_layers),
+        num_spare_slots=sizes.spare_slots(shape),
+        spare_bytes=sizes.spare_slots(shape) * sizes.layout.stride,
         num_pinned=shape.num_pinned,
         kv_blocks=sizes.blocks(shape.max_model_len) * shape.num_sequences,
         block_size=BLOCK_SIZE,
@@ -679,7 +714,7 @@ def _notes(sizes: _Sizes, shape: _Shape, budget: int, host: HostMemory) -> Itera
     if sizes.streams_attention:
         read = format_size(sizes.attention_bytes)
         yield f"attention does not fit either: every step reads its {read} from disk, exact but slow"
-    if shape.num_slots < sizes.config.num_hidden_layers:
+    if shape.num_slots + sizes.spare_slots(shape) < sizes.config.num_hidden_layers:
         yield "no FFN neuron fits the cache: every token reads all it needs from disk"
     free = host.available_bytes + sizes.measured_process_bytes
     if budget > free:

@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,18 @@ class PrefixStore:
 
     model: 24 hexadecimal digits. Files of other names are left alone, and not counted.
     Others must not be able to read what prompts said: directories and files are the user's own. Raises ColdstreamError
-    for a directory that cannot be had.
+    for a directory that cannot be had. make_memory: called before a chunk, or two, are held in memory.
     """
 
-    def __init__(self, directory: Path, model: str, kv: KVCache, max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: str,
+        kv: KVCache,
+        max_bytes: int = DEFAULT_BYTES,
+        make_memory: Callable[[], None] | None = None,
+    ) -> None:
+        self._make_memory = make_memory
         self._home, self._kv, self._max_bytes = directory / model, kv, max_bytes
         self._warned = self._failed = False
         try:
@@ -72,6 +80,7 @@ class PrefixStore:
             return
         if path in self._files:
             self._remove(path)
+        self._hold()
         content = self._kv.read_blocks(blocks).data
         part = path.with_suffix(f".{os.getpid()}{_PART}")
         try:
@@ -95,6 +104,7 @@ class PrefixStore:
         path = self._path(key)
         if path not in self._files:
             return False
+        self._hold()
         try:
             content = path.read_bytes()
             os.utime(path)  # for the order of the next start
@@ -112,6 +122,10 @@ class PrefixStore:
 
     def _path(self, key: bytes) -> Path:
         return self._home / f"{key.hex()}{_ENDING}"
+
+    def _hold(self) -> None:
+        if self._make_memory is not None:
+            self._make_memory()
 
     def _damaged(self, path: Path) -> None:
         if not self._warned:

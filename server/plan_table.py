@@ -22,7 +22,10 @@ def plan_table(plan: Plan | GpuPlan) -> Table:
 
 def _cpu_table(plan: Plan) -> Table:
     table = _table(f"{format_size(plan.budget_bytes)} ({plan.budget_source})")
-    _add_tier(table, "cpu", plan.uses(), _remarks(plan), plan.unused_bytes, plan.smallest_budget_bytes)
+    remarks = _remarks(plan)
+    if plan.spare_bytes:
+        remarks["scratch"] = f"between prompts another {100 * plan.spare_bytes / plan.ffn_bytes:.1f} % of the FFN"
+    _add_tier(table, "cpu", plan.uses(), remarks, plan.unused_bytes, plan.smallest_budget_bytes)
     return table
 
 

@@ -511,3 +511,54 @@ def test_a_foreseen_stream_that_fails_is_an_error_for_whoever_asks(file: BundleF
                 list(cache.stream(1))
         assert sum(chunk.stop - chunk.start for chunk in cache.stream(wanted)) == NEURONS
     cache.close()
+
+
+def test_spare_slots_are_given_back_with_their_memory_and_fill_again(file: BundleFile) -> None:
+    cache = make(file, 50, spare_per_layer=[100, 0, 700])
+    stride, rng = file.layout.stride, np.random.default_rng(3)
+    assert cache.slots_per_layer == [150, 50, NEURONS]
+    for layer in range(LAYERS):
+        cache.warm(layer)
+    assert [cache.resident(layer).size for layer in range(LAYERS)] == [150, 50, NEURONS]
+    everyone = np.arange(NEURONS, dtype=np.int32)
+    assert check_lease(cache, 2, everyone) == NEURONS
+    chunks = [(c.start, c.stop) for c in cache.stream(2, following=0)]
+    assert chunks == [(c.start, c.stop) for c in cache.stream(0, following=1)]  # now the first of layer 1 is begun
+    lease = cache.acquire(0, everyone[:5])
+    assert lease is not None
+    with pytest.raises(RuntimeError, match="still out"):
+        cache.give_back()
+    cache.release(lease)
+    before = cache.snapshot().tiers["cpu"]
+    cache.give_back()
+    cache.give_back()  # nothing is left to give
+    given = cache.snapshot().tiers["cpu"]
+    assert cache.slots_per_layer == [50] * LAYERS == [cache.resident(layer).size for layer in range(LAYERS)]
+    assert given.used_bytes == given.capacity_bytes == 150 * stride < before.used_bytes
+    assert given.evictions - before.evictions == 100 + 650
+    spare = cache.arena[-(-150 * stride // 4096) * 4096 : 900 * stride // 4096 * 4096]
+    assert not spare.any()  # gone pages read as zeros
+    for layer in range(LAYERS):
+        check_lease(cache, layer, np.flatnonzero(rng.random(NEURONS) < 0.2).astype(np.int32))
+        assert cache.resident(layer).size == 50
+    cache.take_back()
+    for _ in range(4):
+        for layer in range(LAYERS):
+            check_lease(cache, layer, np.flatnonzero(rng.random(NEURONS) < 0.3).astype(np.int32))
+    assert [cache.resident(layer).size for layer in (0, 1)] == [150, 50] and cache.resident(2).size > 300
+    for layer in range(LAYERS):
+        for chunk in cache.stream(layer):
+            places = chunk.offset + np.arange(chunk.stop - chunk.start) * stride
+            np.testing.assert_array_equal(
+                read_back(cache, places, "up"), vectors(layer)["up"][chunk.start : chunk.stop]
+            )
+    cache.close()
+
+
+def test_a_cache_without_spare_slots_gives_nothing(file: BundleFile) -> None:
+    cache = make(file, 50)
+    cache.warm(0)
+    cache.give_back()
+    cache.take_back()
+    assert cache.slots_per_layer == [50] * LAYERS and cache.resident(0).size == 50
+    cache.close()

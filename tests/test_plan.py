@@ -95,6 +95,8 @@ def check(made: Plan, config: ModelConfig) -> None:
     assert sum(made.slots_per_layer) * stride == made.slab_bytes <= made.ffn_bytes
     assert made.kv_blocks * made.block_size >= made.max_model_len
     assert made.staging_bytes % 8192 == 0
+    assert 0 <= made.num_spare_slots * stride == made.spare_bytes <= made.details["scratch.step"]
+    assert made.num_slots + made.num_spare_slots <= config.num_hidden_layers * config.intermediate_size
 
 
 @pytest.mark.parametrize("config", [SMOL, LARGE, TINY], ids=["smol", "large", "tiny"])
@@ -140,6 +142,16 @@ def test_more_memory_never_means_fewer_slots_at_the_same_context() -> None:
         shares.append(made.ffn_cache_share)
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+def test_what_prompts_need_holds_neurons_between_them() -> None:
+    made = plan(LARGE, PlanOptions(memory_bytes=6 * GIB, max_num_seqs=1))
+    assert 0.5 < made.spare_bytes / made.details["scratch.step"] < 1
+    many = plan(LARGE, PlanOptions(memory_bytes=6 * GIB, max_num_seqs=128))
+    assert many.spare_bytes < made.spare_bytes  # a step of all of them is wider
+    for options in (PlanOptions(mode="dense"), PlanOptions(ffn_cache=FfnCache.parse("10%"))):
+        assert plan(LARGE, replace(options, memory_bytes=12 * GIB)).num_spare_slots == 0
+    assert plan(SMOL).num_spare_slots == 0  # everything has a slot of its own
 
 
 def test_plenty_of_memory_holds_everything() -> None:
