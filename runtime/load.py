@@ -247,7 +247,7 @@ def open_forecast(
     profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
     sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if plan.mode == "sparse" else None
     frequency = _needs(profile, sparse, plan.mode)
-    machine = measure_machine(kernels, np.zeros((32768, 1024), np.uint16))
+    machine = measure_machine(kernels, np.ones((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
     others = plan.multiplied_bytes, plan.streamed_bytes
     ahead = _lookahead("auto", plan, sparse, packed.bundles.layer_bytes) == "layer"
