@@ -361,7 +361,10 @@ class NeuronCache:
         if self._leased is not None:
             free = [half for half in self._halves if not _overlap(half, self._leased)]
             tried, used = self._tried[:, hint.layer]
-            if not free or (tried >= _TRIED and 2 * used < tried):
+            if not free:
+                return
+            if tried >= _TRIED and 2 * used < tried:
+                self._tried[0, hint.layer] -= 1  # to be tried once more when enough steps have gone by
                 return
             room = free[0]
         absent = self._worthiest(hint)
@@ -544,9 +547,11 @@ class NeuronCache:
         if plan is None:
             room = self._whole if ahead is None else self._demanded
             plan = self._plan(layer, late, room, merge_gap=0)
+        if plan is None and ahead is not None:
+            self._settle(ahead, 0)
+            self._leased = (0, 0)
+            return self._start(layer, ids, None)
         if plan is None:
-            if ahead is not None:
-                self._settle(ahead, 0)
             return None
         places = np.empty(ids.size, np.int64)
         places[~early] = plan.record_offsets

@@ -30,7 +30,8 @@ class ReaderInfo:
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """`num_bytes` is what the kernel gave; `seconds` from submit to the last completion."""
+    """`num_bytes` is what the kernel gave; `seconds` from submit to the last completion, less what a ticket waited
+    for before has counted: those of all tickets are the time in which anything was under way."""
 
     num_bytes: int
     num_requests: int

@@ -23,6 +23,7 @@ from runtime.tune import TunedLayer
 
 CANDIDATES = (0.02, 0.03, 0.05, 0.1, 0.2)  # CETTs that are measured; between them it is interpolation
 _CHUNK = 128  # rows of logits at once
+_HEAD_ROWS = 16384  # of the output matrix
 _HOPELESS = 0.15  # median relative error of the residual beyond which a candidate is given up: no percent, but many
 
 
@@ -114,17 +115,18 @@ def choose_cett(rows: Sequence[dict[str, Any]], max_increase_percent: float) -> 
 
 
 class _Head:
-    """Final norm and output matrix, fp32."""
+    """Final norm and output matrix; what is multiplied is fp32, widened from the stored dtype a part at a time."""
 
     def __init__(self, norm: torch.Tensor, matrix: torch.Tensor, eps: float) -> None:
         self._norm, self._matrix, self._eps = norm, matrix, eps
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, self._norm, self._eps) @ self._matrix.T
+        x = rms_norm(hidden, self._norm, self._eps)
+        return torch.cat([x @ part.float().T for part in torch.split(self._matrix, _HEAD_ROWS)], dim=-1)
 
 
 def _head(checkpoint: Checkpoint) -> _Head:
     config = checkpoint.config
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     norm = checkpoint.load("model.norm.weight").float()
-    return _Head(norm, checkpoint.load(name).float(), config.rms_norm_eps)
+    return _Head(norm, checkpoint.load(name), config.rms_norm_eps)

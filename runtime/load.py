@@ -23,6 +23,7 @@ from cache.device_curve import DeviceCurve, cost_and_gap, device_curve, reader_i
 from cache.errors import ColdstreamError, FormatError, FormatKind, UnsupportedError
 from cache.neuron_cache import NeuronCache
 from runtime.audit import Auditor
+from runtime.calibrate import CETT_GRID
 from runtime.checkpoint import Checkpoint, FileFingerprint, ResidentFile, open_checkpoint
 from runtime.config import ModelConfig
 from runtime.constraint import ConstraintCompiler
@@ -47,7 +48,7 @@ from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
 from runtime.prefix_store import DEFAULT_BYTES, PrefixStore
 from runtime.room import SpareRoom
 from runtime.row_file import RowFile
-from runtime.sparse import Sparse, sparse_setup
+from runtime.sparse import Needs, Sparse, check_cett, sparse_needs, sparse_setup
 from runtime.streamed_layers import StreamedLayers
 from runtime.tensor_entry import PLAIN_DTYPES
 from runtime.tokenizer import Tokenizer
@@ -191,7 +192,8 @@ def _cached(checkpoint: Checkpoint, options: PackOptions) -> Path:
 
 def open_plan(model: str, options: PlanOptions, pack_options: PackOptions | None = None) -> Plan | GpuPlan:
     """The plan of a packed model, or of a checkpoint, from headers only: that of the packed model which `load` would
-    find with the same `pack_options`, an estimate where it would pack first. Raises BudgetError, FormatError."""
+    find with the same `pack_options`, an estimate where it would pack first. Raises BudgetError, FormatError, and
+    ColdstreamError for a mode or CETT that the model cannot be served with."""
     found = _find(model, pack_options)
     config = found.config
     if isinstance(found, Packed):
@@ -201,6 +203,9 @@ def open_plan(model: str, options: PlanOptions, pack_options: PackOptions | None
     else:
         layout = BundleLayout.make(config.hidden_size, config.gated, bundle_dtype(options.bundles, found))
         options, sketches = replace(options, mode="sparse" if options.mode == "auto" else options.mode), None
+        if options.cett is not None:
+            check_cett(np.asarray(CETT_GRID), options.cett)
+    _check_mode(options.mode, config)
     device = planned_device(options)
     if device is None:
         return make_plan(config, layout, options, detect_memory(), process_bytes(), sketches)
@@ -242,10 +247,9 @@ def open_forecast(
         return _gpu_forecast(packed, plan, options)
     path = packed.bundles.path
     curve, way = device_curve(path), reader_info(path)
-    kernels = select()
-    kernels.set_num_threads(_num_threads(None))
+    kernels = select("auto", _num_threads(options.threads))
     profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
-    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, kernels) if plan.mode == "sparse" else None
+    sparse = sparse_needs(packed, profile, cett, plan.num_pinned) if plan.mode == "sparse" else None
     frequency = _needs(profile, sparse, plan.mode)
     machine = measure_machine(kernels, np.ones((32768, 1024), np.uint16))
     terms, dense = ReadTerms(*cost_and_gap(curve, way.engine), way.alignment), plan.mode == "dense"
@@ -259,7 +263,7 @@ def _gpu_forecast(packed: Packed, plan: GpuPlan, options: PlanOptions) -> GpuFor
     if gpu_memory() is None:
         return None
     profile, cett = packed.read(PROFILE), _cett(options.cett, packed)
-    sparse = sparse_setup(packed, profile, cett, plan.num_pinned, select()) if plan.mode == "sparse" else None
+    sparse = sparse_needs(packed, profile, cett, plan.num_pinned) if plan.mode == "sparse" else None
     return _gpu_forecast_of(packed, plan, _slots(plan, sparse), _needs(profile, sparse, plan.mode))
 
 
@@ -348,6 +352,7 @@ class _Opened:
 
 def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
+    _check_before_packing(model, options)
     packed = find_or_pack(model, progress, options.pack)
     gc.collect()
     trim_heap()  # what packing freed goes back to the kernel before the budget is spent
@@ -357,10 +362,16 @@ def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     mode, cett = _resolve_mode(options.mode, options.cett, packed), _cett(options.cett, packed)
     _check_mode(mode, config)
     torch.set_num_threads(_num_threads(options.threads))
-    kernels = select(options.kernel)
-    kernels.set_num_threads(_num_threads(options.threads))
+    kernels = select(options.kernel, _num_threads(options.threads))
     dtype = _torch_dtype(options.dtype, config)
     return _Opened(packed, config, tokenizer, packed.read(PROFILE), mode, cett, dtype, kernels, measured)
+
+
+def _check_before_packing(model: str, options: LoadOptions) -> None:
+    """What else would be refused after a model has been packed, which may take an hour. Raises ColdstreamError."""
+    if not isinstance(_find(model, options.pack), Packed):
+        bundles = "auto" if options.pack is None else options.pack.bundles
+        open_plan(model, replace(plan_options(options), bundles=bundles), options.pack)
 
 
 def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progress: Progress) -> Loaded:
@@ -517,7 +528,7 @@ def _predictor(packed: Packed, sparse: Sparse | None, mode: str, kernels: Kernel
     return None if sparse is None else sparse.predictor
 
 
-def _needs(profile: Mapping[str, np.ndarray], sparse: Sparse | None, mode: str) -> np.ndarray:
+def _needs(profile: Mapping[str, np.ndarray], sparse: Sparse | Needs | None, mode: str) -> np.ndarray:
     """How often each neuron is needed [L, F]. Dense needs all alike, so that the first records of each layer stay and
     the rest is one read; scattered slots would be read through."""
     if sparse is not None:
@@ -551,14 +562,14 @@ def _cache(
     return cache
 
 
-def _slots(plan: Plan | GpuPlan, sparse: Sparse | None) -> Sequence[int]:
+def _slots(plan: Plan | GpuPlan, sparse: Sparse | Needs | None) -> Sequence[int]:
     """Of each layer, as many in all as planned."""
     if sparse is None:
         return plan.slots_per_layer
     return [int(n) for n in share_slots(sparse.frequency, sum(plan.slots_per_layer))]
 
 
-def _spare_slots(plan: Plan, sparse: Sparse | None) -> Sequence[int]:
+def _spare_slots(plan: Plan, sparse: Sparse | Needs | None) -> Sequence[int]:
     """Of each layer, beside `_slots`: together they go where they save most."""
     if sparse is None:
         return spread(plan.num_spare_slots, len(plan.slots_per_layer))
@@ -632,6 +643,7 @@ def plan_options(options: LoadOptions) -> PlanOptions:
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
+        threads=options.threads,
     )
 
 

@@ -87,11 +87,12 @@ def pack(
     _check_space(out, packed_bytes(config, layout) + (resident_bytes(checkpoint) if options.standalone else 0))
     _check_options(options)
     windows = split_windows(tokenizer, options.calibration, config.vocab_size)
-    with _writing(out), pack_lock(out, lambda: progress("waiting for another process that packs this model", 0.0)):
+    waiting = "waiting for another process that packs this model"
+    with _writing(out), pack_lock(out, lambda: progress(waiting, 0.0)) as alone:
         if reuse and is_packed(out):
             return
         _refuse_existing(out, False)
-        with _atomic_directory(out) as partial:
+        with _atomic_directory(out, alone) as partial:
             _write(checkpoint, tokenizer, partial, layout, windows, options, progress)
 
 
@@ -157,19 +158,32 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _atomic_directory(out: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not. Who has the
-    lock is alone: what else is there was left by those that were killed."""
-    for left in out.parent.iterdir():
+def _atomic_directory(out: Path, alone: bool) -> Iterator[Path]:
+    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not.
+
+    alone: nobody else writes there, so what else is there was left by those that were killed.
+    """
+    for left in out.parent.iterdir() if alone else ():
         if left.name.startswith(f".{out.name}.partial-"):
             shutil.rmtree(left, ignore_errors=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
         yield partial
+        for path in (*partial.iterdir(), partial):  # or a power cut leaves a model whose manifest is empty
+            _sync(path)
         os.rename(partial, out)
+        _sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -193,8 +207,6 @@ def _write(
     with (out / BUNDLES).open("wb") as file:
         file.write(header)
         found = _pack_layers(checkpoint, file, layout, windows, options, progress)
-        file.flush()
-        os.fsync(file.fileno())
     for name, tensors in ((SKETCH, found.sketches), (PROFILE, found.profile())):
         save_file(tensors, out / name)
         open_to_others(out / name)
@@ -245,6 +257,7 @@ def _pack_layers(
         _write_records(file, layout, tuned.layer.ffn)
         contract.step(tuned)
         found.add(tuned)
+        del layer, tuned  # before the next one is loaded, and before the head is
     found.measured = contract.measure()
     return found
 

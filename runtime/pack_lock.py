@@ -17,34 +17,36 @@ _POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def pack_lock(out: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def pack_lock(out: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     """Holds the lock for `out`, whose parent exists; `waiting` is called now and then while another has it.
 
-    On a file system without locks nobody waits. Raises OSError when the file cannot be made.
+    False where the file system has no locks: then nobody waits, and others may be at work too. Raises OSError when the
+    file cannot be made.
     """
     path = out.parent / f".{out.name}.lock"
-    fd = _locked(path, waiting)
+    fd, held = _locked(path, waiting)
     try:
-        yield
+        yield held
     finally:
         path.unlink(missing_ok=True)  # while it is held: who waits for this one sees that it is gone
         os.close(fd)
 
 
-def _locked(path: Path, waiting: Callable[[], None]) -> int:
+def _locked(path: Path, waiting: Callable[[], None]) -> tuple[int, bool]:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait(fd, waiting)
+            held = _wait(fd, waiting)
             if _is_still(path, fd):
-                return fd
+                return fd, held
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)  # the one before us has removed it
 
 
-def _wait(fd: int, waiting: Callable[[], None]) -> None:
+def _wait(fd: int, waiting: Callable[[], None]) -> bool:
+    """Whether the lock is held in the end."""
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,9 +54,9 @@ def _wait(fd: int, waiting: Callable[[], None]) -> None:
             waiting()
             time.sleep(_POLL_S)
         except OSError:  # not on this file system
-            return
+            return False
         else:
-            return
+            return True
 
 
 def _is_still(path: Path, fd: int) -> bool:

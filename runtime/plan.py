@@ -116,6 +116,7 @@ class PlanOptions:
     max_num_seqs: int = 4
     bundles: str = "auto"  # of a checkpoint that is not packed yet; the layout given to `make_plan` follows from it
     max_queue: int = _MAX_QUEUE
+    threads: int | None = None  # that what is to be expected is measured with; None: as many as serve
 
 
 @dataclass(frozen=True, slots=True)

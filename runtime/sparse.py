@@ -22,9 +22,20 @@ _ALWAYS = 2.0  # more often than always: pinned neurons come first when slots ar
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """What the profile alone says. frequency [L, F]: share of tokens that need a neuron; a layer that is read whole has
+    ones. active_at [L, F]: what a neuron's factor must reach to count as active. pinned: of each layer the first so
+    many. tau [L]: thresholds on what is predicted, 0 for a layer that is read whole."""
+
+    frequency: np.ndarray
+    active_at: np.ndarray
+    pinned: tuple[int, ...]
+    tau: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Sparse:
-    """frequency [L, F]: share of tokens that need a neuron; a layer that is read whole has ones. active_at [L, F]: what
-    a neuron's factor must reach to count as active. pinned: of each layer the first so many."""
+    """What mode sparse serves with; the fields are those of `Needs`, and the predictor."""
 
     predictor: PlanePredictor
     frequency: np.ndarray
@@ -35,6 +46,14 @@ class Sparse:
 def sparse_setup(
     packed: Packed, profile: Mapping[str, np.ndarray], cett: float, num_pinned: int, kernels: Kernels
 ) -> Sparse:
+    """As `sparse_needs`, with the predictor: reads the sketches."""
+    needs = sparse_needs(packed, profile, cett, num_pinned)
+    sketches = _sketches(packed, np.asarray(needs.tau > 0), num_pinned)
+    predictor = PlanePredictor(sketches, needs.tau, num_pinned, kernels)
+    return Sparse(predictor, needs.frequency, needs.active_at, needs.pinned)
+
+
+def sparse_needs(packed: Packed, profile: Mapping[str, np.ndarray], cett: float, num_pinned: int) -> Needs:
     """num_pinned: of every sparse layer, one of `pinned_sizes`. Raises ColdstreamError for a CETT that was not
     calibrated, FormatError."""
     targets = profile["targets"]
@@ -42,6 +61,7 @@ def sparse_setup(
         raise ValueError(f"{num_pinned} pinned neurons: not one of `pinned_sizes`")
     tau = interpolate(targets, profile["tau"], cett)  # what the contract was measured with: see LOG.md
     sparse = np.asarray(packed.sparse_layers(cett)) & (tau > 0)
+    tau = np.where(sparse, tau, np.float32(0))
     pinned = tuple(num_pinned if s else 0 for s in sparse)
     nearest = int(np.abs(np.log(targets / cett)).argmin())
     frequency = np.where(sparse[:, None], profile["frequency"][nearest], np.float32(1))
@@ -49,8 +69,7 @@ def sparse_setup(
         frequency[layer, :num] = _ALWAYS
     epsilon = interpolate(targets, profile["epsilon"], cett)
     active_at = np.asarray(epsilon[:, None] / np.maximum(profile["down_norm"], 1e-30), np.float32)
-    sketches = _sketches(packed, sparse, num_pinned)
-    return Sparse(PlanePredictor(sketches, tau, num_pinned, kernels), frequency, active_at, pinned)
+    return Needs(frequency, active_at, pinned, tau)
 
 
 def _sketches(packed: Packed, sparse: np.ndarray, num_pinned: int) -> list[PlaneSketch | None]:

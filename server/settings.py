@@ -243,4 +243,5 @@ def plan_options(settings: Settings) -> PlanOptions:
         max_num_seqs=settings.max_num_seqs,
         max_queue=settings.max_queue,
         bundles=settings.bundles,
+        threads=settings.threads,
     )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -296,6 +298,31 @@ def test_threads_change_no_bit(name: str) -> None:
         results.append((ffn, scores, linear, attention))
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+FEW_THREADS = """
+import mmap, resource
+from pathlib import Path
+import numpy as np
+from runtime.kernels import select
+
+kernels = select("auto", 2)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+stack = 8 << 20  # of a thread: a few fit
+resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + int(4.5 * stack),) * 2)
+kernels.set_num_threads(64)
+out = np.zeros((1, 512), np.float32)
+kernels.linear(np.ones((1, 8), np.float32), np.ones((512, 8), np.float32), out)
+print(kernels.num_threads, float(out.sum()))
+"""
+
+
+def test_fewer_threads_than_wanted_compute_all_the_same(native: Kernels) -> None:
+    done = subprocess.run([sys.executable, "-c", FEW_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    threads, total = done.stdout.split()
+    assert 1 <= int(threads) < 64 and float(total) == 512 * 8
 
 
 def test_many_short_calls(native: Kernels) -> None:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,20 @@ import torch
 
 from cache.bundle import unpack_vector
 from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, ReadError, UnsupportedError
+from runtime import load as load_module
 from runtime.batch import Batch, SequenceView
 from runtime.bench import measure
-from runtime.checkpoint import open_checkpoint
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.contract import _head
 from runtime.gpu_plan import DeviceMemory
 from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, open_plan, prepare
 from runtime.model import Model
 from runtime.pack import PackOptions, pack
-from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, open_packed
+from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, Packed, open_packed
 from runtime.plan import FfnCache, Plan, PlanOptions
 from runtime.request import FinishReason, Request, SamplingParams
 from runtime.row_file import RowFile
+from runtime.streams import Layer, layers
 from runtime.tokenizer import Tokenizer
 from tests.test_checkpoint import make, write_gguf
 
@@ -508,6 +513,98 @@ def test_what_was_left_is_removed_whatever_the_number_of_its_process(tmp_path: P
     (tmp_path / ".packed.lock").touch()
     packed(tiny_llama.checkpoint, tmp_path / "packed", tiny_llama.text)
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+def test_without_locks_nobody_removes_what_another_may_be_writing(
+    tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    others = tmp_path / ".packed.partial-1"
+    others.mkdir()
+    packed(tiny_llama.checkpoint, tmp_path / "packed", tiny_llama.text)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [others.name, "packed"]
+
+
+def test_what_would_be_refused_is_refused_before_packing(
+    tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTREAM_CACHE_DIR", str(tmp_path))
+    model, packing = str(tiny_llama.checkpoint), PackOptions(tiny_llama.text)
+    refused = [({"mode": "exact"}, "--mode exact: silu"), ({"cett": 0.9}, "--cett 0.9")]
+    for options, says in [*refused, ({"memory_bytes": 1 << 20}, "--memory"), ({"max_model_len": 10**6}, "--max-model")]:
+        with pytest.raises(ColdstreamError, match=says):
+            load(model, LoadOptions(pack=packing, **options), quiet)
+        assert not list(tmp_path.iterdir())
+    for options, says in refused:
+        with pytest.raises(ColdstreamError, match=says):
+            open_plan(model, PlanOptions(**options), packing)
+
+
+def test_all_files_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, renamed, sync, rename = set(), [], os.fsync, os.rename
+
+    def note(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        sync(fd)
+
+    def move(source: Path, to: Path) -> None:
+        renamed.append({p.name for p in (source, *source.iterdir()) if p.stat().st_ino not in synced})
+        rename(source, to)
+
+    monkeypatch.setattr("os.fsync", note)
+    monkeypatch.setattr("runtime.pack.os.rename", move)
+    packed(tiny_llama.checkpoint, tmp_path / "packed", tiny_llama.text)
+    assert renamed == [set()]
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_packing_holds_one_layer_at_a_time(tmp_path: Path, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+
+    def watched(checkpoint: Checkpoint, length: int) -> Iterator[Layer]:
+        seen = []
+        for layer in layers(checkpoint, length):
+            seen.append(weakref.ref(layer.ffn.up))
+            yield layer
+            del layer
+            alive.append(sum(ref() is not None for ref in seen))
+
+    monkeypatch.setattr("runtime.pack.layers", watched)
+    packed(tiny_llama.checkpoint, tmp_path / "packed", tiny_llama.text)
+    assert len(alive) > 1 and not any(alive)
+
+
+def test_the_contracts_head_multiplies_a_part_at_a_time(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x = _head(open_checkpoint(str(tiny_llama.checkpoint))), torch.randn(5, 48)
+    whole = head(x)
+    monkeypatch.setattr("runtime.contract._HEAD_ROWS", 7)
+    torch.testing.assert_close(head(x), whole)
+
+
+def test_a_plan_reads_no_sketch_and_measures_memory_that_is_there(
+    tmp_path: Path, tiny_relu2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed(tiny_relu2.checkpoint, tmp_path / "packed", tiny_relu2.text)
+    plan, read, measure_it = open_plan(str(model), PlanOptions(threads=1)), Packed.read, load_module.measure_machine
+    files, measured = [], []
+
+    def noted(self: Packed, file: str) -> dict[str, np.ndarray]:
+        files.append(file)
+        return read(self, file)
+
+    def measuring(kernels: Any, weight: np.ndarray) -> Any:
+        measured.append((kernels.num_threads, bool(weight.all())))  # zeros may be one page of the kernel's, cached
+        return measure_it(kernels, weight)
+
+    monkeypatch.setattr(Packed, "read", noted)
+    monkeypatch.setattr(load_module, "measure_machine", measuring)
+    assert open_forecast(str(model), plan, PlanOptions(threads=1)) is not None
+    assert set(files) == {PROFILE} and measured == [(1, True)]
 
 
 # -- packing that fails -----------------------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def test_a_layer_whose_guesses_are_wrong_is_given_up(file: BundleFile, monkeypat
     monkeypatch.setattr("cache.neuron_cache._TRIED", 8)
     cache = make(file, 0, lookahead=True)
     issued = []
-    for guess in ([600, 610, 620, 630], [600, 601, 3], [3, 4], [3, 4], [3, 4]):  # wrong but for layer 1's second
+    for guess in ([600, 610, 620, 630], [600, 601, 3], *([[3, 4]] * 4)):  # wrong but for layer 1's second
         for layer in range(LAYERS):
             lease = cache.begin(layer, np.array([3, 4], np.int32))
             assert lease is not None
@@ -367,7 +367,23 @@ def test_a_layer_whose_guesses_are_wrong_is_given_up(file: BundleFile, monkeypat
                     cache.prefetch(layer + 1, np.sort(np.array([3, 4] if layer else guess, np.int32)))
                 cache.complete(lease)
         issued.append(cache.snapshot().prefetch_issued_bytes // file.layout.record_bytes)
-    assert np.diff(issued).tolist() == [5, 4, 2, 2]  # layer 2 goes on, layer 1 is given up after nine of which one came
+    # Layer 2 goes on; layer 1 is given up after nine of which three came, and tried again two steps later.
+    assert np.diff(issued).tolist() == [5, 4, 2, 2, 4]
+    cache.close()
+
+
+def test_what_was_guessed_gives_way_to_a_set_that_needs_its_room(file: BundleFile) -> None:
+    cache = make(file, 0, lookahead=True)
+    cache._demanded = (cache._staging, 64 << 10)
+    ids = np.arange(0, NEURONS, 3, dtype=np.int32)
+    cache.prefetch(0, ids[:1])
+    check_lease(cache, 0, ids)
+    assert cache.snapshot().prefetch_wasted_bytes == file.layout.record_bytes
+    with lease_of(cache, 1, ids[:2]) as lease:  # nothing is left of it
+        cache.prefetch(2, ids[:2])
+        cache.complete(lease)
+    check_lease(cache, 2, ids[:2])
+    assert cache.snapshot().prefetch_used_bytes == 2 * file.layout.record_bytes
     cache.close()
 
 

@@ -7,9 +7,11 @@ import errno
 import gc
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -85,6 +87,47 @@ reader = Reader(Path(sys.argv[1]), arena, engine="buffered")
 blocks = np.arange(16) * 4096
 result = reader.wait(reader.submit(blocks, np.full(16, 4096), blocks))
 print(reader.info.queue_depth, result.num_bytes, int(arena[:65536].sum()))
+reader.close()
+"""
+
+
+# statx(2) of a file system whose direct reads must be that long, as OpenZFS says of its records.
+LONG_BLOCKS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <linux/stat.h>
+#include <stdarg.h>
+#include <sys/syscall.h>
+
+long syscall(long number, ...) {
+  va_list list;
+  long a[6];
+  va_start(list, number);
+  for (int i = 0; i < 6; ++i) a[i] = va_arg(list, long);
+  va_end(list);
+  long (*real)(long, ...) = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+  long found = real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+  if (number == SYS_statx && found == 0) {
+    struct statx* s = (struct statx*)a[4];
+    s->stx_mask |= STATX_DIOALIGN;
+    s->stx_dio_mem_align = 4096;
+    s->stx_dio_offset_align = 128 << 10;
+  }
+  return found;
+}
+"""
+
+READ_A_BLOCK = """
+import mmap, sys
+from pathlib import Path
+import numpy as np
+from cache.reader import Reader
+
+arena = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
+reader = Reader(Path(sys.argv[1]), arena, landing=(0, arena.size))
+block = np.array([4096])
+result = reader.wait(reader.submit(block, block, block))
+print(reader.info.engine, reader.info.alignment, result.num_bytes, int(arena[4096:8192].sum()))
 reader.close()
 """
 
@@ -521,6 +564,29 @@ def test_fewer_threads_than_wanted_read_all_the_same(file: Path) -> None:
     threads, num_bytes, total = map(int, line.split())
     assert 1 <= threads < 16
     assert (num_bytes, total) == (65536, int(data.sum()))
+
+
+def test_where_direct_reads_must_be_longer_than_records_they_are_buffered(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, source, library = write(file, MIB), tmp_path / "statx.c", tmp_path / "statx.so"
+    source.write_text(LONG_BLOCKS)
+    compiler = next(c for c in ("cc", "gcc", "clang") if shutil.which(c))  # what the native module was built with
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    (line,) = run_child(READ_A_BLOCK, file)
+    assert line.split() == ["pread+buffered", "4096", "4096", str(int(data[4096:8192].sum()))]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_seconds_of_tickets_under_way_together_are_counted_once(file: Path, make: MakeReader, engine: str) -> None:
+    write(file, 16 * MIB)
+    reader, start = make(file, new_arena(16 * MIB), engine), time.perf_counter()
+    blocks = np.arange(4096, dtype=np.int64).reshape(8, 512) * 4096
+    tickets = [reader.submit(part, np.full(512, 4096), part) for part in blocks]
+    found = [reader.wait(ticket).seconds for ticket in tickets]
+    assert min(found) >= 0 < found[0]
+    assert sum(found) <= time.perf_counter() - start
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

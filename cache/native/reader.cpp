@@ -72,7 +72,7 @@ int64_t direct_alignment(const std::string& path) {
 
 bool open_direct(const std::string& path, File* file) {
   const int64_t alignment = direct_alignment(path);
-  if (alignment <= 0) return false;
+  if (alignment <= 0 || alignment > kDefaultAlignment) return false;  // ZFS says 128 KiB: more than records are long
   const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
   if (fd < 0) return false;
   void* probe = nullptr;  // some file systems accept the flag and refuse the read
@@ -174,7 +174,9 @@ class BaseReader : public Reader {
     const auto found = tickets_.find(id);
     if (found == tickets_.end()) return std::nullopt;
     Outcome outcome = std::move(found->second.outcome);
-    outcome.seconds = std::chrono::duration<double>(found->second.end - found->second.start).count();
+    const Clock::time_point start = std::max(found->second.start, counted_until_);
+    outcome.seconds = std::max(0.0, std::chrono::duration<double>(found->second.end - start).count());
+    counted_until_ = std::max(counted_until_, found->second.end);
     tickets_.erase(found);
     return outcome;
   }
@@ -216,6 +218,7 @@ class BaseReader : public Reader {
     return --ticket->pending == 0 ? Step::settled : Step::finished;
   }
 
+  Clock::time_point counted_until_{};
   int64_t next_ticket_ = 1;
   Fault fault_ = Fault::eio;
   int64_t fault_in_ = 0, fault_times_ = 0;

@@ -25,7 +25,7 @@ struct ReaderInfo {
 // What became of a ticket. `error` is empty when all its bytes arrived.
 struct Outcome {
   int64_t num_bytes = 0, num_requests = 0;
-  double seconds = 0;
+  double seconds = 0;  // under way; no moment is counted for two tickets
   int64_t error_offset = 0, error_length = 0;
   std::string error;
 };

@@ -142,7 +142,7 @@ class CpuKernels {
     const nb::gil_scoped_release released;
     const std::lock_guard<std::mutex> lock(mutex_);
     pool_ = std::make_unique<ThreadPool>(n);
-    num_threads_ = n;
+    num_threads_ = pool_->num_threads();  // fewer where the system gives no more
   }
 
   int64_t ffn(const Floats& x, const Vector<const uint8_t>& arena, const Vector<const int64_t>& offsets,

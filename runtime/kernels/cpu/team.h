@@ -3,12 +3,14 @@
 // layer) and then sleep. One loop at a time: whoever calls holds the lock.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -50,8 +52,13 @@ class Scratch {
 
 class ThreadPool {
  public:
+  // Fewer than asked for where the system gives no more: work is handed out to those that there are.
   explicit ThreadPool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    threads_.reserve(static_cast<size_t>(std::max(0, num_threads - 1)));
+    try {
+      for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    } catch (const std::system_error&) {
+    }
   }
 
   ThreadPool(const ThreadPool&) = delete;
