@@ -28,6 +28,7 @@ from runtime.step_choice import StepChoice
 
 _WORTH_A_CALL = 16  # neurons: computing fewer while others are read saves less than the call costs
 _ALONE = 2.0  # times slower reading apart must be before one row's step streams: who runs alone wants little read
+_WORTH_A_GUESS = 48  # records that a layer waits for: in less time than their reads take a guess is not made
 _SURE = 2.0  # confidence from which a guess is read a layer ahead: 4 % of the misses are then read in vain (LOG.md)
 _HOPELESS = 1.5  # times the time of reading apart: streaming that should take longer is not tried
 _FEW_NEURONS = 1 / 8  # of a layer: below that nobody needs to ask whether to read it whole
@@ -213,6 +214,8 @@ class OffloadedFFN:
             self._overflow += 1
             return False
         own = None if part.x.shape[0] == 1 else mask[:, ids]
+        if np.count_nonzero(~lease.hit) < _WORTH_A_GUESS:
+            next_input = None
         with lease:
             done = 0
             for there in chain((lease.num_ready,), self._cache.arrivals(lease)):  # while the others are read

@@ -182,9 +182,25 @@ def texts_of(
     return found, loaded.info
 
 
-def test_sparse_text_does_not_depend_on_what_the_cache_holds(tmp_path: Path, tiny_relu2: Any) -> None:
+def test_nothing_is_guessed_where_nothing_is_waited_for(tmp_path: Path, tiny_relu2: Any) -> None:
+    model = packed(tiny_relu2.checkpoint, tmp_path / "packed", tiny_relu2.text, cett=0.05)
+    options = LoadOptions(mode="sparse", ffn_cache=FfnCache.parse("100%"), lookahead="layer", threads=1)
+    loaded = load(str(model), options, quiet)
+    asked: list[int] = []
+    loaded.model._ffn._predictor.confidence = lambda layer, x: asked.append(layer)
+    loaded.engine.start()
+    generate(loaded, PROMPTS[0], 4)
+    assert loaded.model.counters().steps["sparse"] > 0 and not asked
+    loaded.engine.shutdown(0)
+    loaded.close()
+
+
+def test_sparse_text_does_not_depend_on_what_the_cache_holds(
+    tmp_path: Path, tiny_relu2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The active set is a function of the input and the pinned set: as long as that is the same, so is the text, at any
     cache size, read ahead or not, and whatever passed through the cache before."""
+    monkeypatch.setattr("runtime.ffn._WORTH_A_GUESS", 1)  # tiny layers have few neurons
     checkpoint, _, text = tiny_relu2
     model = packed(checkpoint, tmp_path / "packed", text, bundles="fp32", cett=0.15)
     nothing, info = texts_of(model, "0%", [0, 1, 2, 3, 4])
