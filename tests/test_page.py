@@ -80,7 +80,7 @@ def shown(browser: Chromium, selector: str, text: str) -> None:
 def test_an_answer_is_streamed_and_tiers_are_counted(browser: Chromium, server: LiveServer) -> None:
     server.engine.script = "Hello,\n<b>world</b> é"
     show(browser, server)
-    assert "tiny" in browser.text("#model")
+    wait_for(lambda: "tiny" in browser.text("#model"), "the model to be named")
     ask(browser, "hi")
     shown(browser, f"{ANSWER} .cost", "70.0 % hits")
     assert browser.text(f"{ANSWER} .text") == "Hello,\n<b>world</b> é"
