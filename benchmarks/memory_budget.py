@@ -243,7 +243,7 @@ def prepare(model: str, out: Path, *arguments: str) -> Path:
 
 def measure(packed: Path, mode: str, ffn_cache: str, num_requests: int, log: Path) -> dict[str, Any]:
     """One run at the smallest budget, as a flat dict."""
-    arguments = [str(packed), "--mode", mode, "--ffn-cache", ffn_cache]
+    arguments = [str(packed), "--mode", mode, *(() if ffn_cache == "auto" else ("--ffn-cache", ffn_cache))]
     budget = smallest_budget(arguments)
     with serving(arguments, budget, log) as served:
         outcome = drive(served, num_requests, TEXT.read_text(encoding="utf-8")[:60_000])
@@ -300,7 +300,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--modes", nargs="+", default=["sparse", "dense"])
-    parser.add_argument("--ffn-cache", default="30%")
+    parser.add_argument("--ffn-cache", default="30%", help="auto: as much as fits")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     runs = []

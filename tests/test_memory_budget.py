@@ -54,8 +54,18 @@ def test_a_cgroup_kills_what_takes_more() -> None:
 @pytest.mark.usefixtures("cgroups")
 def test_the_smallest_budget_works_and_is_kept(packed: Path, smallest: int, tmp_path: Path) -> None:
     """Requests of eight kinds, four at a time: full contexts, scored prompts, choices, streams left early."""
-    log = tmp_path / "serve.log"
-    with serving([str(packed), *FLAGS], smallest, log) as served:
+    answer_all([str(packed), *FLAGS], smallest, tmp_path / "serve.log")
+
+
+@pytest.mark.usefixtures("cgroups")
+def test_neurons_that_lie_in_what_prompts_need_are_gone_in_time(packed: Path, tmp_path: Path) -> None:
+    """As many slots as fit, and between prompts more than those."""
+    arguments = [str(packed), "--mode", "sparse", "--max-model-len", "256"]
+    answer_all(arguments, smallest_budget(arguments), tmp_path / "serve.log")
+
+
+def answer_all(arguments: list[str], smallest: int, log: Path) -> None:
+    with serving(arguments, smallest, log) as served:
         assert served.cgroup.limit_bytes == smallest
         assert served.max_model_len == 256
         outcome = drive(served, NUM_REQUESTS, TEXT.read_text(encoding="utf-8")[:20_000])
