@@ -160,12 +160,16 @@ def prepare(
     return target
 
 
-def find_or_pack(model: str, progress: Progress, options: PackOptions | None = None) -> Packed:
+def find_or_pack(
+    model: str, progress: Progress, options: PackOptions | None = None, check: Callable[[], object] | None = None
+) -> Packed:
     """The packed model that `model` names or was packed into before with the same options; packs it when there is
-    none."""
+    none. check: called before that, which may take an hour, to refuse what would be refused afterwards."""
     options = options or PackOptions(default_calibration())
     target, checkpoint = _locate(model, options)
     if checkpoint is not None and not is_packed(target):
+        if check is not None:
+            check()
         pack(checkpoint, Tokenizer.from_checkpoint(checkpoint), target, options, progress, reuse=True)
     return open_model(target)
 
@@ -352,8 +356,9 @@ class _Opened:
 
 def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
-    _check_before_packing(model, options)
-    packed = find_or_pack(model, progress, options.pack)
+    bundles = "auto" if options.pack is None else options.pack.bundles
+    planned = replace(plan_options(options), bundles=bundles)
+    packed = find_or_pack(model, progress, options.pack, lambda: open_plan(model, planned, options.pack))
     gc.collect()
     trim_heap()  # what packing freed goes back to the kernel before the budget is spent
     tokenizer = Tokenizer.from_dir(packed.path)
@@ -365,13 +370,6 @@ def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     kernels = select(options.kernel, _num_threads(options.threads))
     dtype = _torch_dtype(options.dtype, config)
     return _Opened(packed, config, tokenizer, packed.read(PROFILE), mode, cett, dtype, kernels, measured)
-
-
-def _check_before_packing(model: str, options: LoadOptions) -> None:
-    """What else would be refused after a model has been packed, which may take an hour. Raises ColdstreamError."""
-    if not isinstance(_find(model, options.pack), Packed):
-        bundles = "auto" if options.pack is None else options.pack.bundles
-        open_plan(model, replace(plan_options(options), bundles=bundles), options.pack)
 
 
 def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progress: Progress) -> Loaded:
@@ -528,7 +526,7 @@ def _predictor(packed: Packed, sparse: Sparse | None, mode: str, kernels: Kernel
     return None if sparse is None else sparse.predictor
 
 
-def _needs(profile: Mapping[str, np.ndarray], sparse: Sparse | Needs | None, mode: str) -> np.ndarray:
+def _needs(profile: Mapping[str, np.ndarray], sparse: Needs | None, mode: str) -> np.ndarray:
     """How often each neuron is needed [L, F]. Dense needs all alike, so that the first records of each layer stay and
     the rest is one read; scattered slots would be read through."""
     if sparse is not None:
@@ -562,14 +560,14 @@ def _cache(
     return cache
 
 
-def _slots(plan: Plan | GpuPlan, sparse: Sparse | Needs | None) -> Sequence[int]:
+def _slots(plan: Plan | GpuPlan, sparse: Needs | None) -> Sequence[int]:
     """Of each layer, as many in all as planned."""
     if sparse is None:
         return plan.slots_per_layer
     return [int(n) for n in share_slots(sparse.frequency, sum(plan.slots_per_layer))]
 
 
-def _spare_slots(plan: Plan, sparse: Sparse | Needs | None) -> Sequence[int]:
+def _spare_slots(plan: Plan, sparse: Needs | None) -> Sequence[int]:
     """Of each layer, beside `_slots`: together they go where they save most."""
     if sparse is None:
         return spread(plan.num_spare_slots, len(plan.slots_per_layer))

@@ -34,13 +34,10 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Sparse:
-    """What mode sparse serves with; the fields are those of `Needs`, and the predictor."""
+class Sparse(Needs):
+    """What mode sparse serves with."""
 
     predictor: PlanePredictor
-    frequency: np.ndarray
-    active_at: np.ndarray
-    pinned: tuple[int, ...]
 
 
 def sparse_setup(
@@ -50,7 +47,7 @@ def sparse_setup(
     needs = sparse_needs(packed, profile, cett, num_pinned)
     sketches = _sketches(packed, np.asarray(needs.tau > 0), num_pinned)
     predictor = PlanePredictor(sketches, needs.tau, num_pinned, kernels)
-    return Sparse(predictor, needs.frequency, needs.active_at, needs.pinned)
+    return Sparse(needs.frequency, needs.active_at, needs.pinned, needs.tau, predictor)
 
 
 def sparse_needs(packed: Packed, profile: Mapping[str, np.ndarray], cett: float, num_pinned: int) -> Needs:

@@ -53,6 +53,11 @@ def pinned(array: np.ndarray) -> torch.Tensor:
     return found.pin_memory() if DEVICE.type == "cuda" else found
 
 
+def random_records(rng: np.random.Generator, layout: BundleLayout) -> np.ndarray:
+    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
+    return pack_records(layout, vectors)
+
+
 def poisoned(records: np.ndarray, hot: np.ndarray, layout: BundleLayout) -> Records:
     """The records of `hot` in slots, all others at home; every other byte is 255, which is NaN or -1."""
     home, slots = records.copy(), np.full((SLOTS + 2, layout.stride), 255, np.uint8)
@@ -69,8 +74,7 @@ def poisoned(records: np.ndarray, hot: np.ndarray, layout: BundleLayout) -> Reco
 def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) -> None:
     rng = np.random.default_rng(0)
     layout = BundleLayout.make(HIDDEN, gated, dtype)
-    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
-    records = pack_records(layout, vectors)
+    records = random_records(rng, layout)
     hot = rng.permutation(NEURONS)[:SLOTS]
     x, mask = np.zeros((4, HIDDEN), np.float32), (rng.random((4, NEURONS)) < 0.3).astype(np.uint8)
     x[:3] = rng.standard_normal((3, HIDDEN))
@@ -104,8 +108,7 @@ def test_neurons_from_slots_and_home(dtype: BundleDtype, gated: bool, act: str) 
 def test_few_rows_list_their_neurons_themselves(dtype: BundleDtype, rows: int, by_address: bool) -> None:
     rng = np.random.default_rng(7)
     layout = BundleLayout.make(HIDDEN, True, dtype)
-    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
-    records = pack_records(layout, vectors)
+    records = random_records(rng, layout)
     hot = rng.permutation(NEURONS)[:SLOTS]
     x, mask = rng.standard_normal((rows, HIDDEN)).astype(np.float32), rng.random((rows, NEURONS)) < 0.3
     least = np.full(NEURONS, 0.5, np.float32)
@@ -150,8 +153,7 @@ def test_a_list_of_many_blocks(num: int) -> None:
 def test_one_row_and_a_layer_whose_records_all_lie_in_slots(dtype: BundleDtype, gated: bool) -> None:
     rng = np.random.default_rng(9)
     layout = BundleLayout.make(HIDDEN, gated, dtype)
-    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
-    records = pack_records(layout, vectors)
+    records = random_records(rng, layout)
     first = 3  # slots of the layer before
     slab = np.full((first + NEURONS + 1, layout.stride), 255, np.uint8)
     slab[first : first + NEURONS] = records
@@ -171,8 +173,7 @@ def test_one_row_and_a_layer_whose_records_all_lie_in_slots(dtype: BundleDtype, 
 def test_sums_do_not_depend_on_slots() -> None:
     rng = np.random.default_rng(1)
     layout = BundleLayout.make(HIDDEN, True, BundleDtype.FP32)
-    vectors = {v.name: rng.standard_normal((NEURONS, HIDDEN)).astype(np.float32) for v in layout.vectors}
-    records = pack_records(layout, vectors)
+    records = random_records(rng, layout)
     x, mask = rng.standard_normal((2, HIDDEN)).astype(np.float32), (rng.random((2, NEURONS)) < 0.3).astype(np.uint8)
     found = []
     for hot in (np.arange(0), np.arange(SLOTS)):
