@@ -1,7 +1,8 @@
 """The GPU tier against its ceilings, its peers and the CPU tier: the acceptance of the tier, in short runs.
 
-    python -m benchmarks.traces record RELU2 --tokens 640 --cett 0.05 --out .gpu/trace-relu2.npz          # here
-    python -m benchmarks.traces record RELU2 --tokens 320 --active 0.3333 --out .gpu/trace-third.npz
+    python -m benchmarks.traces record RELU2 --tokens 320 --active 0.3333 --out .gpu/trace-third.npz      # here
+    python -m benchmarks.traces record PACKED --tokens 640 --sets active --beside early --out .gpu/trace-relu2.npz
+    python -m benchmarks.traces record PACKED --tokens 640 --beside early --out .gpu/trace-taken.npz
     python -m benchmarks.gpu_parts split --out .gpu --work DIR
     bash benchmarks/gpu_there.sh "$OUT" COMMIT 520 ceilings afm dense accelerate llama tiers http tests         # there
     python -m benchmarks.gpu_reference benchmarks/results/gpu.json --parts .gpu                           # here again
@@ -11,7 +12,8 @@ Groups run in the order of their worth (`profile` tells where a step's time goes
 one that breaks leaves the others a sound GPU. Every step is written to OUT/gpu.json at once; a run begins with what
 --previous holds (a file that an earlier run wrote) and measures what is missing, as far as --seconds go. The last line
 is one JSON object. Weights of the large shapes are random and made on the GPU, the sets that are computed come from
-traces (benchmarks/traces.py); floors are bytes that the run counted over bandwidths that it measured.
+traces (benchmarks/traces.py) of what is active, in one step of what the predictor takes; floors are bytes that the run
+counted over bandwidths that it measured.
 """
 
 from __future__ import annotations
@@ -107,13 +109,13 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
     """Decode at every residency, 20 % first; with `batches` also those, dense with all resident, and a prefill."""
     import torch
 
-    from benchmarks.gpu_decode import measure_decode, measure_dense
+    from benchmarks.gpu_decode import measure_ahead, measure_decode, measure_dense
     from benchmarks.gpu_prefill import measure_prefill
     from benchmarks.gpu_product import ProductTraced, make_home
-    from benchmarks.gpu_reference import TRACES
+    from benchmarks.gpu_reference import TAKEN, TRACES
     from benchmarks.gpu_shapes import shape_plan, weight_cap
     from benchmarks.make_checkpoint import SHAPES
-    from benchmarks.traces import Replay, Trace
+    from benchmarks.traces import EARLY, Replay, Trace
     from cache.bundle import BundleDtype, BundleLayout
 
     shape, ceilings = SHAPES[name], results.read()["steps"]["ceilings"]
@@ -128,6 +130,11 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
         model = ProductTraced(shape, VOCAB_SIZE, home, plan, replay, rows)
         found = measure_decode(model, replay, layout.stride, ceilings, rows)
         return found | {"ffn_on_gpu_percent": percent, "gpu_budget_bytes": weight_cap(plan)}
+
+    def ahead(percent: int, sets: Replay) -> Figures:
+        plan = shape_plan(shape, VOCAB_SIZE, percent)
+        made = [ProductTraced(shape, VOCAB_SIZE, home, plan, sets, ahead=way) for way in (False, True)]
+        return measure_ahead(*made)
 
     def dense() -> Figures:
         plan = shape_plan(shape, VOCAB_SIZE, 100, mode="dense")
@@ -151,8 +158,13 @@ def large_shape(name: str, options: argparse.Namespace, results: Results, batche
     step("decode 0 %", partial(decode, 0, 1))
     for rows in batches:
         step(f"batch {rows}", partial(decode, 20, rows))
+    if EARLY in replay.trace.beside:
+        for percent in (20, 40):
+            step(f"reading ahead {percent} %", partial(ahead, percent, replay))
     if batches:
         step("prefill", prefill)
+        taken = Replay(Trace.read(options.parts / TAKEN), shape.num_hidden_layers, shape.intermediate_size)
+        step("reading ahead 40 %, sets as predicted", partial(ahead, 40, taken))
 
 
 def tiers_group(options: argparse.Namespace, results: Results) -> None:

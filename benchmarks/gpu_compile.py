@@ -28,9 +28,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels import random_sketch
 from cache.bundle import BundleDtype, BundleLayout
-from runtime.gpu_ffn import GpuFFN, Norm
+from runtime.gpu_ahead import Ahead
+from runtime.gpu_ffn import GpuFFN
 from runtime.gpu_home import GpuHome
+from runtime.gpu_masks import Norm, PlaneMasks
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels import triton_launch
 from runtime.kernels.triton_attention import Splits, attend
@@ -89,6 +92,8 @@ def cases() -> Iterator[Case]:
             yield f"projections {kind} rows {rows}", projections(kind, rows)
     yield "inputs", step_inputs
     yield "copies", copies
+    for rows in (1, 2):
+        yield f"records that come early, rows {rows}", early(rows)
 
 
 def neurons(
@@ -132,7 +137,7 @@ class AllMasks:
     def __init__(self, rows: int) -> None:
         self._mask = torch.ones(rows, NEURONS, dtype=torch.uint8)
 
-    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: object = None) -> torch.Tensor:
         return self._mask
 
 
@@ -195,6 +200,24 @@ def copies() -> None:
     words, ids = torch.zeros(8, 432, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     copy_records(words, words, ids, ids)
     GpuSlots(GpuHome(1, NEURONS, LAYOUT, register=False), (4,), np.ones((1, NEURONS), np.float32), (0,), CPU).rerank()
+
+
+def early(rows: int) -> Callable[[], None]:
+    """A layer, and what the one after it will surely want."""
+
+    def call() -> None:
+        rng, num = np.random.default_rng(0), NEURONS
+        sketch = DeviceSketch(random_sketch(rng, HIDDEN, num, 1.7, True, "silu"), CPU)
+        home = GpuHome(2, num, LAYOUT, register=False)
+        slots = GpuSlots(home, (4, 4), np.ones((2, num), np.float32), (0, 0), CPU, num_early=64)
+        masks = PlaneMasks([sketch, sketch], [1.0, 1.0], rows, CPU)
+        ahead = Ahead(slots, masks.sure(rows, 2.0), (False, True))
+        ffn = GpuFFN(slots, "silu", masks, torch.zeros(2, num), rows, num, torch.bfloat16, ahead)
+        x, live, norm = torch.zeros(rows, HIDDEN), torch.ones(rows, dtype=torch.int64), norm_of(HIDDEN)
+        ffn.answer(ffn.ask(0, x, norm, live, norm))
+        ffn.answer(ffn.ask(1, x, norm, live))
+
+    return call
 
 
 def run(capability: int) -> int:

@@ -20,7 +20,8 @@ WARM_TOKENS, TOKENS = 48, 80
 @dataclass(frozen=True, slots=True)
 class Counted(Subtractable):
     """Since the model was made: neurons of the steps' unions, those resident, and bytes of records read from either
-    memory (a neuron that an activation silences reads no down vector); layers that overflowed; records swapped in."""
+    memory (a neuron that an activation silences reads no down vector); layers that overflowed; records swapped in; and
+    those that came early, whose bytes count as if they had come when they were wanted, or not at all."""
 
     lookups: int
     hits: int
@@ -28,6 +29,8 @@ class Counted(Subtractable):
     hit_bytes: int
     overflow: int
     swapped: int
+    fetched: int = 0
+    fetched_hits: int = 0
 
 
 class Traced(Protocol):
@@ -75,6 +78,26 @@ def measure_decode(
         "link_share": missed / step_s / ceilings["pinned_copy_bytes_per_s"],
         "overflow": moved.overflow,
         "swapped_per_step": moved.swapped / tokens,
+        "fetched_per_step": moved.fetched / tokens,
+        "fetched_hits_per_step": moved.fetched_hits / tokens,
+    }
+
+
+def measure_ahead(plain: Traced, ahead: Traced, rounds: int = 5, steps: int = 24) -> Figures:
+    """The same steps without and with reading ahead, by turns, since links drift; the rounds' medians, and their mean
+    ratio."""
+    for model in (plain, ahead):
+        model.decode(WARM_TOKENS)
+    before = ahead.counted()
+    pairs = [[statistics.median(model.decode(steps)) for model in (plain, ahead)] for _ in range(rounds)]
+    moved, num = ahead.counted() - before, rounds * steps
+    return {
+        "s_per_step_without": [one for one, _ in pairs],
+        "s_per_step_with": [two for _, two in pairs],
+        "times_faster": statistics.fmean(one / two for one, two in pairs),
+        "misses_per_step": (moved.lookups - moved.hits) / num,
+        "fetched_per_step": moved.fetched / num,
+        "fetched_hits_per_step": moved.fetched_hits / num,
     }
 
 

@@ -19,20 +19,22 @@ from benchmarks.gpu_decode import Counted
 from benchmarks.gpu_shapes import MAX_MODEL_LEN, fill_records, model_config, random_weights
 from benchmarks.kernels import random_sketch
 from benchmarks.make_checkpoint import Shape
-from benchmarks.traces import ROW_STEP, Replay
+from benchmarks.traces import EARLY, ROW_STEP, Replay
 from cache.bundle import BundleLayout
 from cache.stats import CacheSnapshot
 from runtime.batch import Batch, SequenceView
 from runtime.disk_home import DiskHome
-from runtime.gpu_ffn import GpuFFN, Masks, Norm, PlaneMasks
+from runtime.gpu_ahead import MARGIN, ROWS, Ahead, layers_ahead
+from runtime.gpu_ffn import GpuFFN
 from runtime.gpu_home import GpuHome
+from runtime.gpu_masks import Masks, Norm, PlaneMasks
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
 from runtime.gpu_tiers import TieredFFN
 from runtime.kernels.triton_launch import after_others, chained
-from runtime.kernels.triton_masks import DeviceSketch
-from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS, SWAPPED
+from runtime.kernels.triton_masks import DeviceSketch, Trail
+from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, FETCHED, FETCHED_HITS, HITS, LOOKUPS, SWAPPED
 from runtime.kv_cache import KVCache
 
 SKETCH_BITS = 1.7
@@ -66,36 +68,66 @@ def _taken(sets, places, masks, tokens, NUM: tl.constexpr, BLOCK: tl.constexpr, 
     tl.store(masks + to, tl.load(sets + at, mask=place < NUM, other=0), mask=place < NUM)
 
 
+class _Sets:
+    """Of a trace, on the device: bool as uint8 [L, T, F], and of these what a step takes, [L, B, F]."""
+
+    def __init__(self, replay: Replay, rows: int, device: torch.device, beside: str | None = None) -> None:
+        layers = range(replay.num_layers)
+        self._sets = torch.stack([replay.sets(i, device, beside).to(torch.uint8) for i in layers])
+        num_layers, self.num_tokens, num = self._sets.shape
+        self.masks = torch.empty(num_layers, rows, num, dtype=torch.uint8, device=device)
+
+    def take(self, places: torch.Tensor) -> None:
+        """places int64 [B]: which token each row is at."""
+        layers, tokens, num = self._sets.shape
+        _taken[(triton.cdiv(num, _BLOCK), places.shape[0], layers)](
+            self._sets, places, self.masks, tokens, NUM=num, BLOCK=_BLOCK, **chained(places)
+        )
+
+
 class TraceMasks:
     """The pass of `inner`, and the trace's sets as its answer; row b is ROW_STEP * b tokens further. A step's sets are
-    taken from the trace at once, by a kernel at its beginning."""
+    taken from the trace at once, by a kernel at its beginning, those that were guessed too."""
 
     name, num_whole = "trace", 0
 
-    def __init__(self, inner: Masks, replay: Replay, rows: int, device: torch.device) -> None:
+    def __init__(self, inner: PlaneMasks, replay: Replay, rows: int, device: torch.device) -> None:
         self._inner, self.num_bytes = inner, inner.num_bytes
-        self._sets = torch.stack(
-            [replay.sets(i, device).to(torch.uint8) for i in range(replay.num_layers)]
-        )  # [L, T, F]
+        self._own, self._guessed = _Sets(replay, rows, device), None
+        if EARLY in replay.trace.beside:
+            self._guessed = _Sets(replay, rows, device, EARLY)
         self._first = torch.arange(rows, device=device) * ROW_STEP
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = self._first.clone()
-        layers, _, num = self._sets.shape
-        self._masks = torch.empty(layers, rows, num, dtype=torch.uint8, device=device)
 
-    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
-        self._inner.of(layer, x, norm, h)
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None) -> torch.Tensor:
+        self._inner.of(layer, x, norm, h, trail)
         if layer == 0:
-            layers, tokens, num = self._sets.shape
-            torch.remainder(self._token + self._first, tokens, out=self._places)
-            _taken[(triton.cdiv(num, _BLOCK), x.shape[0], layers)](
-                self._sets, self._places, self._masks, tokens, NUM=num, BLOCK=_BLOCK, **chained(x)
-            )
+            torch.remainder(self._token + self._first, self._own.num_tokens, out=self._places)
+            for sets in filter(None, (self._own, self._guessed)):
+                sets.take(self._places)
             self._token += 1
-        return self._masks[layer]
+        return self._own.masks[layer]
+
+    def sure(self, max_rows: int, margin: float) -> Masks | None:
+        """None where the trace has no guesses."""
+        return None if self._guessed is None else _SureMasks(self._inner.sure(max_rows, margin), self._guessed.masks)
 
     def restart(self) -> None:
         self._token.zero_()
+
+
+class _SureMasks:
+    """The pass of a guess, and the one that the trace has."""
+
+    name, num_whole = "trace", 0
+
+    def __init__(self, inner: Masks, masks: torch.Tensor) -> None:
+        self._inner, self._masks, self.num_bytes = inner, masks, inner.num_bytes
+
+    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None) -> torch.Tensor:
+        self._inner.of(layer, x, norm, h)
+        return self._masks[layer]
 
 
 class ProductTraced:
@@ -110,11 +142,13 @@ class ProductTraced:
         replay: Replay | None,
         rows: int = 1,
         device: str = "cuda",
+        ahead: bool = True,
     ) -> None:
         config, self._device, self._rows = model_config(shape, vocab_size), torch.device(device), rows
         layers, num = shape.num_hidden_layers, shape.intermediate_size
         frequency = np.ones((layers, num), np.float32) if replay is None else replay.frequency()
-        self._slots = GpuSlots(home, plan.slots_per_layer, frequency, (0,) * layers, self._device)
+        early = plan.num_early if ahead else 0
+        self._slots = GpuSlots(home, plan.slots_per_layer, frequency, (0,) * layers, self._device, num_early=early)
         self.slots_per_layer = plan.slots_per_layer
         self._masks = None
         if replay is not None:
@@ -125,7 +159,7 @@ class ProductTraced:
             home.open((self._slots.table >= 0).cpu().numpy(), frequency, lambda what, share: None)
             self.ffn: GpuFFN = TieredFFN(self._slots, home, *common)
         else:
-            self.ffn = GpuFFN(self._slots, *common)
+            self.ffn = GpuFFN(self._slots, *common, self._ahead(frequency))
         weights = random_weights(shape, vocab_size, device=device)
         per_row = -(-(CONTEXT + MAX_MODEL_LEN) // plan.block_size)
         self._kv = KVCache(config, per_row * rows, plan.block_size, torch.bfloat16, self._device)
@@ -140,6 +174,14 @@ class ProductTraced:
         self.fixed_bytes = attention + weights.lm_head.nbytes + keys + predictor
         self._model.capture(self._kv)
         self._restart()
+
+    def _ahead(self, frequency: np.ndarray) -> Ahead | None:
+        """As `runtime.gpu_load` has it, where the trace has guesses."""
+        if self._masks is None or not self._slots.num_early:
+            return None
+        guesses, num = self._masks.sure(ROWS, MARGIN), frequency.shape[0]
+        layers = layers_ahead(frequency, self.slots_per_layer, self._slots.layout.stride, [True] * num)
+        return None if guesses is None or not any(layers) else Ahead(self._slots, guesses, layers)
 
     def _restart(self) -> None:
         """The trace from its beginning, with nothing counted: capturing has run steps."""
@@ -181,14 +223,19 @@ class ProductTraced:
         seen = self._slots.counters.tolist()
         vector = self._layout.hidden_size * self._layout.dtype.item_bytes
         first = vector * (2 if self._shape.gated else 1)
-        misses = seen[LOOKUPS] - seen[HITS]
+        late = seen[LOOKUPS] - seen[HITS]  # those that came early are hits of the kernels
+        misses = late + seen[FETCHED_HITS]
+        down_misses = seen[DOWN_MISSES] * (misses / late if late else 1.0)
+        down_hits = seen[DOWN_HITS] - (down_misses - seen[DOWN_MISSES])
         return Counted(
             lookups=seen[LOOKUPS],
-            hits=seen[HITS],
-            missed_bytes=misses * first + seen[DOWN_MISSES] * vector,
-            hit_bytes=seen[HITS] * first + seen[DOWN_HITS] * vector,
+            hits=seen[LOOKUPS] - misses,
+            missed_bytes=round(misses * first + down_misses * vector),
+            hit_bytes=round((seen[LOOKUPS] - misses) * first + down_hits * vector),
             overflow=0,
             swapped=seen[SWAPPED],
+            fetched=seen[FETCHED],
+            fetched_hits=seen[FETCHED_HITS],
         )
 
 

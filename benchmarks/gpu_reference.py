@@ -16,6 +16,7 @@ from benchmarks.make_checkpoint import SHAPES
 from benchmarks.traces import Replay, Trace
 
 TRACES = {"afm-4.5b": "trace-relu2.npz", "llama-7b": "trace-third.npz"}
+TAKEN = "trace-taken.npz"  # of the first, with the predictor's misses and false alarms
 
 
 def add_reference(figures: Figures, replay: Replay) -> Figures:
@@ -38,7 +39,7 @@ def main() -> None:
         config = SHAPES[shape]
         replay = Replay(Trace.read(options.parts / file), config.num_hidden_layers, config.intermediate_size)
         for name, figures in data["steps"].items():
-            if name.startswith(shape) and "misses_per_step" in figures:
+            if name.startswith(shape) and "slots_per_layer" in figures:
                 data["steps"][name] = add_reference(figures, replay)
                 print(name, data["steps"][name]["misses_over_reference"], flush=True)
     results.write(data)

@@ -47,6 +47,7 @@ def beside(steps: Figures) -> Iterator[str]:
     yield from _peers(steps)
     yield from _dense(steps)
     yield from _batches(steps)
+    yield from _ahead(steps)
     if (p := steps.get("afm-4.5b prefill")) is not None:
         larger = max(p["stream_s"], p["gemm_s"])
         yield (
@@ -100,6 +101,19 @@ def _batches(steps: Figures) -> Iterator[str]:
     if len(known) > 1:
         each = (f"{b}: {f['tokens_per_s']:.0f} ({f['missed_bytes_per_step'] / b / 1e6:.0f} MB)" for b, f in known)
         yield f"Batches at 20 %, tokens/s in all (bytes over the link a token): {', '.join(each)}."
+
+
+def _ahead(steps: Figures) -> Iterator[str]:
+    """In rounds by turns with the same step that reads nothing ahead."""
+    found = [(p, steps.get(f"afm-4.5b reading ahead {p} %")) for p in (20, 40)]
+    said = [f"{f['times_faster']:.2f}x the speed at {p} %" for p, f in found if f is not None]
+    if (f := steps.get("afm-4.5b reading ahead 40 %, sets as predicted")) is not None:
+        right = f["fetched_hits_per_step"] / f["fetched_per_step"]
+        said.append(
+            f"{f['times_faster']:.2f}x at 40 % with what the predictor takes ({right:.0%} of the guesses wanted)"
+        )
+    if said:
+        yield f"The surest of the next layer fetched while the link is idle, over the same without: {', '.join(said)}."
 
 
 def _served(steps: Figures) -> Iterator[str]:

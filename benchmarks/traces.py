@@ -24,7 +24,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ from runtime.tokenizer import Tokenizer
 
 Keep = Callable[[LayerTail], float]  # a layer's threshold on output magnitudes
 SURE = {f"sure_{at:g}": at for at in (2.0, 2.5, 3.0, 4.0, 5.0, 6.0)}  # guessed a layer before, with that confidence
-BESIDE = ("active", "residual", "ahead", *SURE)  # truly active; guessed before attention; guessed a layer before
+EARLY, _EARLY_MARGIN = "early", 4.0  # guessed a layer before, from that layer's input alone, as a GPU does
+BESIDE = ("active", "residual", "ahead", EARLY, *SURE)  # truly active; guessed before attention; guessed a layer before
 _FIRST = 0.1  # of each layer's neurons: computed before a guess at the next one, as the pinned ones are
 ROW_STEP = 131  # tokens of the trace between two rows of a batch, so that they are not at the same place of the text
 _THRESHOLD_TOKENS = 1536
@@ -87,6 +88,11 @@ class Trace:
         """bool [T, F] of one layer."""
         num = self.frequency.shape[1]
         return np.unpackbits(self.bits[layer], axis=1, count=num, bitorder="little").astype(bool)
+
+    def with_sets(self, name: str, beside: Sequence[str] | None = None) -> Trace:
+        """Other sets in place of those taken, if `name` is not "taken"; beside: of the others only these."""
+        kept = {n: bits for n, bits in self.beside.items() if beside is None or n in beside}
+        return replace(self, bits=self.bits if name == "taken" else self.beside[name], beside=kept)
 
     def first(self, num_tokens: int) -> Trace:
         """Its first tokens, in memory of their own."""
@@ -149,7 +155,7 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float, calibration
     own = np.empty(0, bool)
     first = profile["order"][:, : round(_FIRST * profile["order"].shape[1])].astype(np.int64)
     sources = {"taken": "input", "residual": "residual", "ahead": "ahead"}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*sources, "active", *SURE)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("taken", *BESIDE)}
     for layer, (ffn, inputs) in enumerate(forward(checkpoint, heldout[None], first)):
         active = _active(checkpoint, ffn, inputs["input"][0], profile["order"][layer], sparse.active_at[layer])
         found["active"].append(np.packbits(active, axis=1, bitorder="little"))
@@ -163,6 +169,10 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float, calibration
         for name, at in SURE.items():
             mask = np.zeros_like(active) if sure is None or given_up else sure >= at
             found[name].append(np.packbits(mask, axis=1, bitorder="little"))
+        sure = sparse.predictor.confidence(layer, inputs["ahead"][0].contiguous().numpy())
+        given_up = sure is None or not layer or wrong(sure >= _EARLY_MARGIN, own)
+        mask = np.zeros_like(active) if sure is None or given_up else sure >= _EARLY_MARGIN
+        found[EARLY].append(np.packbits(mask, axis=1, bitorder="little"))
     sets = {name: np.stack(bits) for name, bits in found.items()}
     known: list[np.ndarray] = []
     for layer, (ffn, inputs) in enumerate(() if calibration is None else forward(checkpoint, calibration)):
@@ -234,9 +244,10 @@ class Replay:
         real = np.unpackbits(bits, axis=1, count=self.trace.frequency.shape[1], bitorder="little")
         return np.asarray(real.ravel()[self._order[layer]].view(bool))
 
-    def sets(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """bool [T, F] of all tokens, made on the device."""
-        bits = torch.from_numpy(self.trace.bits[self._parts[layer]]).to(device)  # [parts, T, bytes]
+    def sets(self, layer: int, device: torch.device | str = "cpu", beside: str | None = None) -> torch.Tensor:
+        """bool [T, F] of all tokens, made on the device; as of `active`."""
+        recorded = self.trace.bits if beside is None else self.trace.beside[beside]
+        bits = torch.from_numpy(recorded[self._parts[layer]]).to(device)  # [parts, T, bytes]
         real = (bits[..., None] >> torch.arange(8, device=device, dtype=torch.uint8)) & 1
         whole = real.flatten(2)[..., : self.trace.frequency.shape[1]].transpose(0, 1).flatten(1)  # [T, parts * real]
         return whole[:, torch.from_numpy(self._order[layer]).to(device)].bool()
@@ -380,6 +391,10 @@ def arguments() -> argparse.Namespace:
     one.add_argument("model", help="a checkpoint, or a packed model whose checkpoint is where it was")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--tokens", type=int, default=2304, help="of the held-out text, in one window")
+    one.add_argument("--sets", default="taken", choices=["taken", "active"], help="of a packed model, that are forced")
+    one.add_argument(
+        "--beside", nargs="*", choices=BESIDE, help="of a packed model: only these other sets, in a small file"
+    )
     one.add_argument("--calibration-windows", type=int, default=2, help="of as many tokens")
     one.add_argument("--cett", type=float, default=0.05)
     one.add_argument("--active", type=float, help="share of the neurons to keep, in place of --cett")
@@ -409,7 +424,8 @@ def main() -> None:
         tokenizer = Tokenizer.from_dir(packed.path)
         heldout = tokens_of(tokenizer, "heldout.txt", 1, options.tokens)[0]
         calibration = tokens_of(tokenizer, "calibration.txt", options.calibration_windows, options.tokens)
-        record_taken(packed, heldout, options.cett, calibration).save(options.out)
+        trace = record_taken(packed, heldout, options.cett, calibration if options.beside is None else None)
+        trace.with_sets(options.sets, options.beside).save(options.out)
         return
     checkpoint = open_checkpoint(options.model)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

@@ -10,86 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from cache.bundle import BundleLayout
 from runtime.activation import activation
 from runtime.ffn import record_matrix
+from runtime.gpu_ahead import Ahead
+from runtime.gpu_masks import Masks, Norm
 from runtime.gpu_slots import GpuSlots
-from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
-from runtime.kernels.triton_matvec import norm_rows
 from runtime.kernels.triton_neurons import Scratch, add_ffn, add_whole
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """The RMS norm in front of an FFN: weight fp32 [D]."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def of(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out = x normed, fp32 [B, D] both."""
-        norm_rows(x, self.weight, self.eps, out)
-
-
-class Masks(Protocol):
-    """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
-    [B, F], or None: the whole layer, as num_whole of them are; the tensor is the caller's until the next call, and h
-    gets x normed."""
-
-    name: str
-    num_bytes: int
-    num_whole: int
-
-    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None: ...
-
-
-class PlaneMasks:
-    """As `runtime.predictor.PlanePredictor`: pinned, or scored at the threshold. sketches: None: all neurons."""
-
-    name = "planes"
-
-    def __init__(
-        self, sketches: Sequence[DeviceSketch | None], thresholds: Sequence[float], max_rows: int, device: torch.device
-    ) -> None:
-        self._sketches, self._thresholds = sketches, [float(t) for t in thresholds]
-        known = [s for s in sketches if s is not None]
-        num_neurons = known[0].num_neurons if known else 0
-        self._mask = torch.ones(max_rows, num_neurons, dtype=torch.uint8, device=device)  # the pinned ones stay as is
-        self._digits = Digits.make(max_rows, max((s.width for s in known), default=0), device)
-        self.num_bytes = sum(s.num_bytes for s in known) + self._digits.num_bytes
-        self.num_whole = len(sketches) - len(known)
-
-    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None:
-        sketch = self._sketches[layer]
-        if sketch is None:
-            norm.of(x, h)
-            return None
-        mask = self._mask[: x.shape[0]]
-        plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._digits, h, mask)
-        return mask
-
-
-class GateMasks:
-    """As `runtime.predictor.ResidentGatePredictor`. gates: per layer [F, D] on the device."""
-
-    name = "gate"
-
-    def __init__(self, gates: Sequence[torch.Tensor], max_rows: int) -> None:
-        self._gates = gates
-        self._mask = torch.empty(max_rows, gates[0].shape[0], dtype=torch.uint8, device=gates[0].device)
-        self.num_bytes = sum(g.nbytes for g in gates)
-        self.num_whole = 0
-
-    def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
-        norm.of(x, h)
-        mask = self._mask[: x.shape[0]]
-        gate_masks(h, self._gates[layer], mask)
-        return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +37,9 @@ class Wanted:
 
 class GpuFFN:
     """masks: None: dense. active_at fp32 [L, F]: what a factor must reach to be counted. staged_neurons: that one of
-    the two buffers of a copied layer holds. visited: whether the host has something to do in the middle of a layer.
-    overflow: layers of steps whose records did not fit where they were to be read."""
+    the two buffers of a copied layer holds. ahead: what reads a layer ahead of these masks, if anything does. visited:
+    whether the host has something to do in the middle of a layer. overflow: layers of steps whose records did not fit
+    where they were to be read."""
 
     visited = False
     overflow = 0
@@ -122,8 +53,9 @@ class GpuFFN:
         max_rows: int,
         staged_neurons: int,
         gemm_dtype: torch.dtype,
+        ahead: Ahead | None = None,
     ) -> None:
-        self.slots, self.masks = slots, masks
+        self.slots, self.masks, self._ahead = slots, masks, ahead
         self._name, self._act, self._gemm_dtype = act, activation(act), gemm_dtype
         self._active_at = active_at
         self._layout: BundleLayout = slots.layout
@@ -145,11 +77,14 @@ class GpuFFN:
         self.visit(wanted)
         self.answer(wanted)
 
-    def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
-        """The first half of `decode`."""
-        h, mask = self._h[: x.shape[0]], None
+    def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor, following: Norm | None = None) -> Wanted:
+        """The first half of `decode`. following: the norm in front of the next layer's FFN, where it comes next."""
+        h, mask, rows = self._h[: x.shape[0]], None, x.shape[0]
         if self.masks is not None:
-            mask = self.masks.of(layer, x, norm, h)
+            trail = None if self._ahead is None else self._ahead.trail(layer, rows)
+            mask = self.masks.of(layer, x, norm, h, trail)
+            if self._ahead is not None and trail is not None and following is not None:
+                self._ahead.guess(layer + 1, trail, following, live)
         elif not self._alone(layer, x):
             norm.of(x, h)
         return Wanted(layer, x, h, mask, live, norm)
@@ -168,10 +103,13 @@ class GpuFFN:
             )  # fmt: skip
             return
         active_at = None if self._active_at is None else self._active_at[layer]
+        early = None if self._ahead is None else self._ahead.come(layer, wanted.x.shape[0])
         add_ffn(
-            wanted.h, self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,
+            wanted.h, early or self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,
             self.slots.used[layer], self.slots.counters, wanted.live,
         )  # fmt: skip
+        if self._ahead is not None:
+            self._ahead.go_on(layer)
 
     def _alone(self, layer: int, x: torch.Tensor) -> bool:
         """Whether one row meets a layer that lies in slots as a whole."""

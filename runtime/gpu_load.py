@@ -16,8 +16,10 @@ from cache.neuron_cache import NeuronCache
 from runtime.config import ModelConfig
 from runtime.disk_home import DiskHome
 from runtime.gates import read_gates
-from runtime.gpu_ffn import GateMasks, GpuFFN, Masks, PlaneMasks
+from runtime.gpu_ahead import MARGIN, ROWS, Ahead, layers_ahead
+from runtime.gpu_ffn import GpuFFN
 from runtime.gpu_home import GpuHome
+from runtime.gpu_masks import GateMasks, Masks, PlaneMasks
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
@@ -66,7 +68,8 @@ def make_gpu(
     else:
         home = _home(packed, device, progress)
     pinned = (0,) * config.num_hidden_layers if sparse is None else sparse.pinned
-    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device, ranks=plan.mode != "dense")
+    ranks = plan.mode != "dense"
+    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device, ranks, plan.num_early)
     most = plan.decode_buckets[-1]
     masks = _masks(packed, plan.mode, sparse, most, device)
     active_at = None if sparse is None else torch.from_numpy(sparse.active_at).to(device)
@@ -76,13 +79,22 @@ def make_gpu(
         home.open((slots.table >= 0).cpu().numpy(), frequency, progress)
         ffn: GpuFFN = TieredFFN(slots, home, *common)
     else:
-        ffn = GpuFFN(slots, *common)
+        ffn = GpuFFN(slots, *common, _ahead(slots, masks, sparse, frequency))
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype, device)
     model = GpuModel(config, weights, ffn, plan.max_model_len, plan.decode_buckets)
     progress("capturing", 0.0)
     model.capture(kv)
     progress("capturing", 1.0)
     return GpuParts(model, kv, slots, masks, home.cache if isinstance(home, DiskHome) else None)
+
+
+def _ahead(slots: GpuSlots, masks: Masks | None, sparse: Sparse | None, frequency: np.ndarray) -> Ahead | None:
+    """None where there is no room for it, or no layer is worth it."""
+    if sparse is None or not isinstance(masks, PlaneMasks) or not slots.num_early:
+        return None
+    sketched = [s is not None for s in sparse.predictor.sketches]
+    layers = layers_ahead(frequency, slots.slots_per_layer, slots.layout.stride, sketched)
+    return Ahead(slots, masks.sure(ROWS, MARGIN), layers) if any(layers) else None
 
 
 def _home(packed: Packed, device: torch.device, progress: Callable[[str, float], None]) -> GpuHome:

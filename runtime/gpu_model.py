@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from runtime.batch import Batch, ModelCounters, SequenceView
 from runtime.config import ModelConfig
 from runtime.gpu_errors import device_checked
-from runtime.gpu_ffn import GpuFFN, Norm, Wanted, product
+from runtime.gpu_ffn import GpuFFN, Wanted, product
+from runtime.gpu_masks import Norm
 from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_inputs import FIELDS, inputs
 from runtime.kernels.triton_matvec import MOST_ROWS, matvec
@@ -233,9 +234,10 @@ class GpuModel:
         inputs(bucket.given, self._embed, fields, tables, x)
         _, positions, slots, live = fields
         ranking: list[torch.cuda.Stream] = []
-        for layer, w in enumerate(self._layers):
+        norms = [w.ffn_norm for w in self._layers]
+        for layer, (w, following) in enumerate(zip(self._layers, (*norms[1:], None), strict=True)):
             self._attended(layer, w, x, tokens=(positions, slots), tables=tables, kv=kv)
-            wanted = self._ffn.ask(layer, x, w.ffn_norm, live)
+            wanted = self._ffn.ask(layer, x, w.ffn_norm, live, following)
             if self._ffn.visited:
                 yield wanted
             self._ffn.answer(wanted)

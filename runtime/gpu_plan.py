@@ -10,7 +10,8 @@ driver. Both budgets are promises, as in `runtime/plan.py`, and refused with the
     predictor  sketches (sparse) or gates (exact)           staging    step wants come from disk, registered too
     slots      FFN records that stay                        tables     frequencies and order of the neurons
     tables     slot table, counters, thresholds             scratch    loading, requests, the allocator
-    staging    two buffers that layers are copied into      headroom   the kernel's share
+    staging    two buffers that layers are copied into, and  headroom   the kernel's share
+               records that come before they are wanted
     scratch    a step's activations, logits, CUDA graphs
 """
 
@@ -48,6 +49,10 @@ NOT_HERE = "not here"  # name of a GPU that is only planned for
 PREFILL_ROWS = 2048  # of a step: the home is read once for all of them
 _SMALLEST_PREFILL_ROWS = 256
 _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pace
+_EARLY_STEP = 32  # records that come early are as many for each of the programs that fetch
+_EARLY_BYTES = 2 << 20  # of a layer's records that come early: twice what the link brings while attention runs
+_AHEAD_BYTES = 32 << 20  # of a layer: smaller ones are not read ahead (as on a CPU, runtime/load.py)
+_EARLY_NEURON_BYTES = 12  # of a layer: two tables, and masks of the guess
 
 _MIB, _PAGE = 1 << 20, 4096
 _SHARE = 4  # one part in so many of what is left may go to each of: longer context, staging, rows, more sequences
@@ -114,6 +119,7 @@ class GpuPlan:
     decode_buckets: tuple[int, ...]
     dtype: str  # of resident matrices and KV: bf16 or fp32
     mode: str
+    num_early: int = 0  # records of a layer that can come before they are wanted; 0: nothing is read ahead
     memory_slots_per_layer: tuple[int, ...] = ()  # of a home on disk: records that main memory keeps
     memory_staging_bytes: int = 0  # and where others are read to
     gpu_details: dict[str, int] = field(default_factory=dict)  # "use.what" -> bytes
@@ -223,6 +229,7 @@ def make_gpu_plan(
         decode_buckets=sizes.buckets,
         dtype=sizes.dtype,
         mode=options.mode,
+        num_early=sizes.num_early(shape) if below is None else 0,
         memory_slots_per_layer=() if below is None else spread(below.num_slots, config.num_hidden_layers),
         memory_staging_bytes=0 if below is None else below.staging_bytes,
         gpu_details=sizes.details(shape),
@@ -283,12 +290,26 @@ class _Sizes(ModelSizes):
             "slots.records": shape.num_slots * self.layout.stride,
             "tables.neurons": self.num_neurons * _TABLE_BYTES,
             "staging.buffers": 2 * shape.staged_neurons * self.layout.stride,
+            "staging.early": self._early_bytes(shape),
             "scratch.prefill": self._prefill_bytes(shape),
             "scratch.logits": self._logit_bytes(),
             "scratch.lists": (c.intermediate_size + _SUMS_FEW) * _LISTED_BYTES + self._sums() * c.hidden_size * 4,
             "scratch.graphs": len(self.buckets) * (_GRAPH_BYTES + self._decode_bytes(shape.max_model_len)),
             "scratch.allocator": _ALLOCATOR_BYTES,
         }
+
+    def num_early(self, shape: _Shape) -> int:
+        """Records of a layer that can come early, where a layer is large and its neurons do not all have slots."""
+        some = self.options.mode == "sparse" and self.options.reads_ahead and shape.num_slots < self.num_neurons
+        if not some or self.layer_bytes < _AHEAD_BYTES:
+            return 0
+        return _EARLY_STEP * max(1, _EARLY_BYTES // self.layout.stride // _EARLY_STEP)
+
+    def _early_bytes(self, shape: _Shape) -> int:
+        """Of two layers' records, and what a guess is made with: digits as a bucket's own are priced."""
+        num = self.num_early(shape)
+        tables = self.config.intermediate_size * _EARLY_NEURON_BYTES + self.config.num_hidden_layers * 8
+        return 2 * num * self.layout.stride + tables + _MIB if num else 0
 
     def predictor_bytes(self, num_pinned: int) -> int:
         """And what a sketch takes more here than in its file: padded rows of codes, wider numbers, planes spelt out."""

@@ -17,8 +17,11 @@ import torch
 from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
 from runtime.disk_home import DiskHome
 from runtime.gpu_home import GpuHome
+from runtime.kernels.triton_ahead import PROGRAMS
 from runtime.kernels.triton_neurons import (
     DOWN_MISSES,
+    FETCHED,
+    FETCHED_HITS,
     HITS,
     LOOKUPS,
     NUM_COUNTERS,
@@ -35,8 +38,9 @@ _PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - d
 
 class GpuSlots:
     """Slots of each layer, and who has them. frequency [L, F]: how often needed; pinned [L]: the first so many neurons
-    of a layer keep their slots; ranks: False where all neurons are wanted alike. `used` int32 [L, F] and `counters`
-    int64 are added to by the kernels."""
+    of a layer keep their slots; ranks: False where all neurons are wanted alike. num_early: records of a layer that can
+    come early (`runtime.gpu_ahead`), behind all slots; `early`: what `triton_ahead.Fetched` knows of them, tables of
+    two layers, fates of all. `used` int32 [L, F] and `counters` int64 are added to by the kernels."""
 
     def __init__(
         self,
@@ -46,11 +50,15 @@ class GpuSlots:
         pinned: Sequence[int],
         device: torch.device,
         ranks: bool = True,
+        num_early: int = 0,
     ) -> None:
         num_layers, num_neurons, stride = home.shape
         self.home, self.layout, self.device = home, home.layout, device
         self.slots_per_layer = tuple(int(n) for n in slots_per_layer)
-        self.slab = torch.zeros(max(1, sum(self.slots_per_layer)), stride, dtype=torch.uint8, device=device)
+        self.num_slots, self.num_early = max(1, sum(self.slots_per_layer)), num_early
+        self.slab = torch.zeros(self.num_slots + 2 * num_early, stride, dtype=torch.uint8, device=device)
+        sizes = (2, num_neurons), (PROGRAMS, num_early // PROGRAMS), (PROGRAMS,), (num_layers, 2)
+        self.early = tuple(torch.zeros(s if num_early else (0,), dtype=torch.int32, device=device) for s in sizes)
         self.table = torch.full((num_layers, num_neurons), -1, dtype=torch.int32, device=device)
         self.used = torch.zeros((num_layers, num_neurons), dtype=torch.int32, device=device)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
@@ -78,6 +86,13 @@ class GpuSlots:
         another there. None of other layers."""
         first, num = sum(self.slots_per_layer[:layer]), self.table.shape[1]
         return self.slab[first : first + num] if self.slots_per_layer[layer] == num else None
+
+    @property
+    def home_words(self) -> torch.Tensor:
+        """int32 [L F, words of a record]. RuntimeError where they are on disk."""
+        if self.home.words is None:
+            raise RuntimeError("slots over a home on disk stay as they are")
+        return self.home.words
 
     @property
     def in_memory(self) -> torch.Tensor:
@@ -116,9 +131,7 @@ class GpuSlots:
     def rank(self, layer: int, decay: float | None = None) -> None:
         """A layer's neurons most wanted of late take the slots of those least wanted. Nobody may read them meanwhile.
         decay: of scores; 1 where nothing was wanted since they were ranked."""
-        words, own, num = self.home.words, slice(layer, layer + 1), self.table.shape[1]
-        if words is None:
-            raise RuntimeError("slots over a home on disk stay as they are")
+        words, own, num = self.home_words, slice(layer, layer + 1), self.table.shape[1]
         rerank(
             self._score[own], self.used[own], self.table[own], self._wanted[own],
             words[layer * num : (layer + 1) * num], self.slab.view(torch.int32), self._moves[layer],
@@ -156,11 +169,20 @@ class GpuSlots:
         vector_bytes = self.layout.hidden_size * self.layout.dtype.item_bytes
         misses = seen[LOOKUPS] - seen[HITS]
         read = misses * (vectors - 1) * vector_bytes + seen[DOWN_MISSES] * vector_bytes
-        moved = read + self.copied_bytes + seen[SWAPPED] * self.layout.stride
+        early, used = seen[FETCHED] * self.layout.stride, seen[FETCHED_HITS] * self.layout.stride
+        moved = read + early + self.copied_bytes + seen[SWAPPED] * self.layout.stride
         capacity = sum(self.slots_per_layer) * self.layout.stride
         tier = TierSnapshot(seen[LOOKUPS], seen[HITS], misses, seen[SWAPPED], seen[SWAPPED], capacity, capacity)
-        transfer = TransferSnapshot(bytes=moved, needed_bytes=read + self.copied_bytes, requests=misses)
-        return replace(below, tiers={"gpu": tier} | below.tiers, transfers={("cpu", "gpu"): transfer} | below.transfers)
+        needed, requests = read + used + self.copied_bytes, misses + seen[FETCHED]
+        transfer = TransferSnapshot(bytes=moved, needed_bytes=needed, requests=requests)
+        return replace(
+            below,
+            tiers={"gpu": tier} | below.tiers,
+            transfers={("cpu", "gpu"): transfer} | below.transfers,
+            prefetch_issued_bytes=below.prefetch_issued_bytes + early,
+            prefetch_used_bytes=below.prefetch_used_bytes + used,
+            prefetch_wasted_bytes=below.prefetch_wasted_bytes + early - used,
+        )
 
     def close(self) -> None:
         self.home.close()

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 
 from runtime.disk_home import DiskHome
-from runtime.gpu_ffn import GpuFFN, Masks, Norm, Wanted
+from runtime.gpu_ffn import GpuFFN, Wanted
+from runtime.gpu_masks import Masks, Norm
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_neurons import ACTIVE, NUM_COUNTERS, PREDICTED, Records, add_ffn
 
@@ -48,8 +49,8 @@ class TieredFFN(GpuFFN):
         self._turn = 0
         self.waited_s = 0.0  # for the GPU
 
-    def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
-        wanted = super().ask(layer, x, norm, live)
+    def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor, following: Norm | None = None) -> Wanted:
+        wanted = super().ask(layer, x, norm, live, following)
         if wanted.mask is None:
             return wanted
         self._seen[: x.shape[0]].copy_(wanted.mask, non_blocking=True)

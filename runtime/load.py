@@ -54,7 +54,7 @@ from runtime.tensor_entry import PLAIN_DTYPES
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from runtime.gpu_ffn import Masks
+    from runtime.gpu_masks import Masks
     from runtime.gpu_model import GpuModel
     from runtime.gpu_slots import GpuSlots
 
@@ -642,6 +642,7 @@ def plan_options(options: LoadOptions) -> PlanOptions:
         max_num_seqs=options.max_num_seqs,
         max_queue=options.max_queue,
         threads=options.threads,
+        reads_ahead=options.lookahead != "none",
     )
 
 

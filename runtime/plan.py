@@ -117,6 +117,7 @@ class PlanOptions:
     bundles: str = "auto"  # of a checkpoint that is not packed yet; the layout given to `make_plan` follows from it
     max_queue: int = _MAX_QUEUE
     threads: int | None = None  # that what is to be expected is measured with; None: as many as serve
+    reads_ahead: bool = True  # a GPU, of large layers
 
 
 @dataclass(frozen=True, slots=True)

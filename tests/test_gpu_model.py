@@ -69,9 +69,15 @@ class Side:
 
 
 def gpu_side(
-    packed_dir: Path, mode: str, percent: float, loaded: Any, below: float | None = None, staging: int = 1 << 20
+    packed_dir: Path,
+    mode: str,
+    percent: float,
+    loaded: Any,
+    below: float | None = None,
+    staging: int = 1 << 20,
+    early: int = 0,
 ) -> Side:
-    """below: percent of the FFN that main memory keeps of a home on disk."""
+    """below: percent of the FFN that main memory keeps of a home on disk. early: records that may come early."""
     from runtime.gpu_load import make_gpu
 
     packed = loaded.packed
@@ -84,6 +90,7 @@ def gpu_side(
         config, packed.bundles.layout, options, HostMemory(big, big, None, "MemAvailable"),
         DeviceMemory("GPU", big, big), 0, packed.sketch_sizes(packed.cett),
     )  # fmt: skip
+    plan = replace(plan, num_early=early)
     if below is not None:
         num = int(config.intermediate_size * below / 100)
         plan = replace(plan, memory_slots_per_layer=(num,) * config.num_hidden_layers, memory_staging_bytes=staging)
@@ -123,6 +130,28 @@ def test_the_same_logits_and_greedy_text_as_on_the_cpu(packed: Path, mode: str, 
         assert a.argmax() == b.argmax()
         a, b = (side.run("decode", [int(a.argmax())], at, "last") for side in (cpu, gpu))
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+    loaded.close()
+
+
+@pytest.mark.parametrize("early", [32, 160])
+def test_what_comes_early_changes_no_number(packed: Path, monkeypatch: pytest.MonkeyPatch, early: int) -> None:
+    monkeypatch.setattr("runtime.gpu_ahead._LEAST_BYTES", 1)
+    monkeypatch.setattr("runtime.gpu_load.MARGIN", 1.0)
+    loaded, _ = cpu_side(packed, "sparse", 10.0)
+    plain, ahead = gpu_side(packed, "sparse", 10.0, loaded), gpu_side(packed, "sparse", 10.0, loaded, early=early)
+    a, b = (side.run("prefill", some_ids(PROMPT, 1), 0, "last") for side in (plain, ahead))
+    for at in range(PROMPT, PROMPT + (24 if CUDA else 3)):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+        token = int(a.argmax())  # of logits that are lent
+        a, b = (side.run("decode", [token], at, "last") for side in (plain, ahead))
+    before, after = plain.slots.snapshot(), ahead.slots.snapshot()
+    (one, two), fetched = (s.tiers["gpu"] for s in (before, after)), after.prefetch_issued_bytes
+    assert two.lookups == one.lookups and fetched > 0
+    used = two.hits - one.hits
+    assert after.prefetch_used_bytes == used * ahead.slots.layout.stride and used > 0
+    assert fetched == after.prefetch_used_bytes + after.prefetch_wasted_bytes
+    moved = after.transfers["cpu", "gpu"]
+    assert moved.bytes - moved.needed_bytes >= after.prefetch_wasted_bytes
     loaded.close()
 
 
@@ -167,7 +196,7 @@ def test_batches_chunks_and_scored_texts_while_slots_move(packed: Path, mode: st
 
 
 def test_layers_without_a_sketch_are_predicted_whole() -> None:
-    from runtime.gpu_ffn import PlaneMasks
+    from runtime.gpu_masks import PlaneMasks
     from runtime.gpu_model import GpuModel
 
     slots = SimpleNamespace(seen=lambda: [0, 0, 0, 0, 3, 50])

@@ -6,6 +6,8 @@ a step does so right at its start, so that a kernel may rely on all before it, n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -26,6 +28,17 @@ def after_others(CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Kernels launched meanwhile neither begin early nor let others: beside another stream's they must be so."""
+    global OFF
+    before, OFF = OFF, True
+    try:
+        yield
+    finally:
+        OFF = before
 
 
 def compiled() -> bool:

@@ -25,6 +25,7 @@ _BYTES = 128  # of a row of codes at once
 _NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
 _WORDS_AHEAD = 64  # of a gated row, that a program which counts bits has under way early
+PLACES = 1 << 16  # that the decoder can be at within a layer
 ROW_ALIGN = 16  # bytes of codes that a lane loads at once
 _COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
 
@@ -130,10 +131,21 @@ class Digits:
         return self.digits.nbytes + self.facts.nbytes
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What a layer's pass leaves for a guess at the next one: x fp32 [B, D] as it came; at int32 [1]: where the decoder
+    is, the layer times PLACES, to which its FFN adds what is done of it."""
+
+    x: torch.Tensor
+    at: torch.Tensor
+    layer: int
+
+
+@triton.jit(do_not_specialize=["begun"])  # type: ignore[untyped-decorator]
 def _digits(  # type: ignore[no-untyped-def]
-    x, norm, dimension, coefficient, largest, whole1, whole2, digits, facts, h, eps, D: tl.constexpr,
-    WIDE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr, CHAINED: tl.constexpr,
+    x, norm, dimension, coefficient, largest, whole1, whole2, digits, facts, h, kept, at_layer, begun, eps,
+    D: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PLANES: tl.constexpr,
+    TRAIL: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """z = (x normed)[dimension] * coefficient in digits, or in the digits' bits; x normed to h; the row's facts."""
     place, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1)
@@ -147,8 +159,13 @@ def _digits(  # type: ignore[no-untyped-def]
     alone = there & (tl.program_id(0) == 0)
     sum1, sum2 = tl.load(whole1 + column, mask=alone, other=0.0), tl.load(whole2 + column, mask=alone, other=0.0)
     after_others(CHAINED)
+    first = tl.program_id(0) == 0
+    if TRAIL:
+        tl.store(at_layer, begun, mask=first)
     z = tl.load(x + row * D + source, mask=inside, other=0.0) * factor
     xs = tl.load(x + row * D + column, mask=there, other=0.0)
+    if TRAIL:
+        tl.store(kept + row * D + column, xs, mask=there & first)
     scale = tl.rsqrt(tl.sum(xs * xs, 0) / D + eps)
     xs *= weight
     unit = tl.maximum(tl.max(tl.abs(xs) * most, 0), 1e-30) / 8000000.0
@@ -322,12 +339,13 @@ def plane_masks(
     h: torch.Tensor,
     mask: torch.Tensor,
     scores: torch.Tensor | None = None,
+    trail: Trail | None = None,
 ) -> None:
     """mask uint8 [B, F] of x fp32 [B, D] once it has passed an RMS norm: 1 where the score reaches the threshold, and
     for neurons that have no sketch nothing is written. h fp32 [B, D]: gets x normed. scores fp32 [B, K]: gets the
-    scores."""
+    scores. trail: gets x and where the decoder is, as soon as it is there."""
     bits, rows = by_bits(x), x.shape[0]
-    make_digits(x, norm, eps, sketch, scratch, h, bits)
+    make_digits(x, norm, eps, sketch, scratch, h, bits, trail)
     if bits:
         _score_bits(sketch, threshold, scratch, mask, scores, rows)
         return
@@ -346,15 +364,23 @@ def plane_masks(
 
 
 def make_digits(
-    x: torch.Tensor, norm: torch.Tensor, eps: float, sketch: DeviceSketch, scratch: Digits, h: torch.Tensor, bits: bool
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    sketch: DeviceSketch,
+    scratch: Digits,
+    h: torch.Tensor,
+    bits: bool,
+    trail: Trail | None = None,
 ) -> None:
     """What the vectors' side of the products is, as digits or as their bits; see `plane_masks`."""
     (rows, hidden), width, up = x.shape, sketch.width, sketch.up
     first = up if sketch.gate is None else sketch.gate
     _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
         x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
-        scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, PLANES=bits,
-        **chained(x),
+        scratch.facts, h, h if trail is None else trail.x, h if trail is None else trail.at,
+        0 if trail is None else trail.layer * PLACES, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width,
+        C=_DIGIT_BYTES, PLANES=bits, TRAIL=trail is not None, **chained(x),
     )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ import triton.language as tl
 
 from cache.bundle import BundleDtype, BundleLayout
 from runtime.kernels.triton_act import ACTS, activated
+from runtime.kernels.triton_ahead import Fetched
 from runtime.kernels.triton_launch import after_others, chained
 
-LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
+LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, FETCHED, FETCHED_HITS, NUM_COUNTERS = *range(9), 9
 _SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the neurons; of these, added up at once
 _FEW, _LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
 _PROGRAMS, _WARPS = 396, 4  # of these, three a processor of an H100
@@ -41,7 +42,8 @@ _TYPES = {
 class Records:
     """Where a layer's records are. home uint8 [F, stride] in (registered) main memory and slab uint8 [S, stride] on the
     device; table int32 [F]: a neuron's slot, or -1. resident: all of them have one. where int64 [F]: addresses of the
-    records that have no slot, as somebody writes them before each step; home then means nothing."""
+    records that have no slot, as somebody writes them before each step; home then means nothing. For `few_rows` of a
+    step: fetched: those that came early, into slots of the same slab; done int32 [1]: how many programs have ended."""
 
     home: torch.Tensor
     slab: torch.Tensor
@@ -49,6 +51,18 @@ class Records:
     layout: BundleLayout
     resident: bool = False
     where: torch.Tensor | None = None
+    fetched: Fetched | None = None
+    done: torch.Tensor | None = None
+
+
+def num_programs(device: torch.device) -> int:
+    """Of `few_rows`: what `Records.done` grows by."""
+    return _PROGRAMS if device.type == "cuda" else 3
+
+
+def few_rows(rows: int, hidden: int) -> bool:
+    """Whether a step goes through neurons that miss one by one."""
+    return rows <= _FEW and hidden <= _LONGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +407,12 @@ def _with_part(out, hits, parts, u: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _neurons(  # type: ignore[no-untyped-def]
-    x, ids, places, mask, live, table, used, active_at, partial, counters, slab, slab_end, home, where, stride,
-    NUM: tl.constexpr, GATE_AT: tl.constexpr, UP_AT: tl.constexpr, DOWN_AT: tl.constexpr, GATE_SCALE: tl.constexpr,
-    UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, B: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, SHARE: tl.constexpr, LANES: tl.constexpr, TYPE: tl.constexpr,
-    ALIGN: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr, INDIRECT: tl.constexpr, CHAINED: tl.constexpr,
+    x, ids, places, mask, live, table, used, active_at, partial, counters, slab, slab_end, home, where, fetched, fates,
+    done, stride, NUM: tl.constexpr, GATE_AT: tl.constexpr, UP_AT: tl.constexpr, DOWN_AT: tl.constexpr,
+    GATE_SCALE: tl.constexpr, UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr, GATED: tl.constexpr,
+    ACT: tl.constexpr, B: tl.constexpr, D: tl.constexpr, W: tl.constexpr, T: tl.constexpr, SHARE: tl.constexpr,
+    LANES: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr,
+    INDIRECT: tl.constexpr, EARLY: tl.constexpr, TOLD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`_list`, `_factors` and `_down` of few rows in one. A program has every P-th neuron, SHARE of them at most
     (LANES: the power of two from there on). It lists those that are wanted and goes through them one after the other,
@@ -413,6 +428,12 @@ def _neurons(  # type: ignore[no-untyped-def]
     at = mask + row[:, None] * NUM + candidate[None, :]
     asked = tl.load(at, mask=alive[:, None] & mine[None, :], other=0).to(tl.int32)
     taken = tl.max(asked, 0)
+    if EARLY:
+        early = tl.load(fetched + candidate, mask=mine, other=-1)
+        came = tl.sum(((early >= 0) & (slot < 0) & (taken > 0)).to(tl.int32))
+        slot = tl.where(slot >= 0, slot, early)
+        tl.atomic_add(fates + 1, came)
+        tl.atomic_add(counters + 8, came.to(tl.int64))
     if INDIRECT:
         elsewhere = tl.load(where + candidate, mask=(taken > 0) & (slot < 0), other=0)
     else:
@@ -474,6 +495,8 @@ def _neurons(  # type: ignore[no-untyped-def]
             more += (sums[i] + factor * downs[i].to(tl.float32),)  # type: ignore[assignment]
         sums = more
         neuron, place = following, after
+    if TOLD:
+        tl.atomic_add(done, 1)
     for i in tl.static_range(T):
         column = i * W + tl.arange(0, W)
         at = partial + (tl.program_id(0) * B + row[:, None]) * D + column[None, :]
@@ -561,17 +584,21 @@ def add_ffn(
     kind["ALIGN"] = math.gcd(stride, *(v.offset for v in layout.vectors), 16)
     home, slab = records.home.data_ptr(), records.slab.data_ptr()
     masks = used if mask is None else mask
-    if mask is not None and rows <= _FEW and hidden <= _LONGEST and not records.resident:
-        programs, wide = _PROGRAMS if cuda else 3, _wide(rows, hidden)
+    if mask is not None and few_rows(rows, hidden) and not records.resident:
+        fetched = records.fetched
+        programs, wide = num_programs(x.device), _wide(rows, hidden)
         share = triton.cdiv(num, programs)
         _neurons[(programs,)](
             x, scratch.ids, scratch.places, mask, live, records.table, used,
             scratch.h if active_at is None else active_at, scratch.partial, counters, slab, slab + records.slab.nbytes,
-            home, records.table if records.where is None else records.where, stride, NUM=num,
-            GATE_AT=at.get("gate", 0), UP_AT=at["up"], DOWN_AT=at["down"], GATE_SCALE=scale.get("gate", 0),
-            UP_SCALE=scale["up"], DOWN_SCALE=scale["down"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, W=wide,
+            home, records.table if records.where is None else records.where,
+            records.table if fetched is None else fetched.table, records.table if fetched is None else fetched.fates,
+            used if records.done is None else records.done, stride, NUM=num, GATE_AT=at.get("gate", 0),
+            UP_AT=at["up"], DOWN_AT=at["down"], GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"],
+            DOWN_SCALE=scale["down"], GATED=layout.gated, ACT=ACTS[act], B=rows, D=hidden, W=wide,
             T=triton.cdiv(hidden, wide), SHARE=share, LANES=triton.next_power_of_2(share),
-            COUNTED=active_at is not None, INDIRECT=records.where is not None, num_warps=_WARPS, **kind, **chained(x),
+            COUNTED=active_at is not None, INDIRECT=records.where is not None, EARLY=fetched is not None,
+            TOLD=records.done is not None, num_warps=_WARPS, **kind, **chained(x),
         )  # fmt: skip
         _sum(scratch.partial, out, programs)
         return
