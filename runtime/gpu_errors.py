@@ -39,11 +39,14 @@ def device_checked(device: torch.device) -> Iterator[None]:
 @contextmanager
 def load_errors(budget_bytes: int) -> Iterator[None]:
     """ColdstreamError with the way out where the driver refuses while a model is loaded within so many bytes of GPU
-    memory. Other errors pass."""
+    memory, or a kernel asks for more than the GPU's processors have. Other errors pass."""
     try:
         yield
-    except RuntimeError as error:  # the allocator's, the driver's and Triton's
-        if "CUDA" not in str(error):
+    except Exception as error:  # the allocator's, the driver's and Triton's
+        if type(error).__name__ == "OutOfResources":  # of Triton, which a host without a GPU need not have
+            what = f"a kernel of this model is too large for this GPU ({first_line(error)})"
+            raise ColdstreamError(f"{what}: say --device cpu") from error
+        if not isinstance(error, RuntimeError) or "CUDA" not in str(error):
             raise
         raise ColdstreamError(
             f"the GPU failed while the model was loaded ({first_line(error)}): --gpu-memory "

@@ -41,9 +41,9 @@ def perplexity(
     tokens. Raises ColdstreamError.
     """
     path = text or default_heldout()
-    packed = find_or_pack(model, progress, options.pack)
     dense_options = replace(options, mode="dense", cett=None)
     sparse_options = [replace(options, mode="sparse", cett=cett) for cett in cetts]
+    packed = find_or_pack(model, progress, options.pack, lambda: _refuse(model, [dense_options, *sparse_options]))
     targets = packed.read(PROFILE)["targets"]
     for cett in cetts:
         check_cett(targets, cett)
@@ -70,6 +70,13 @@ def perplexity(
         "window": length,
         "rows": rows,
     }
+
+
+def _refuse(model: str, options: Sequence[LoadOptions]) -> None:
+    """ColdstreamError for a budget that one of them does not fit."""
+    for each in options:
+        bundles = "auto" if each.pack is None else each.pack.bundles
+        open_plan(model, replace(plan_options(each), bundles=bundles), each.pack)
 
 
 def _window(packed: Packed, options: Sequence[LoadOptions]) -> int:

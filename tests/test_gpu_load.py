@@ -25,6 +25,8 @@ from runtime.sparse import _sketches
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from runtime.gpu_home import GpuHome, register_memory
 from runtime.gpu_load import _masks
 
@@ -95,6 +97,13 @@ def test_a_gpu_that_is_full_while_a_model_is_loaded_is_a_sentence(
     found = rf"{says}.*: --gpu-memory 2GiB is planned, and 3MiB are free now; say a smaller --gpu-memory, or --device"
     with pytest.raises(ColdstreamError, match=found), load_errors(2 << 30):
         raise error
+
+
+def test_a_kernel_that_is_too_large_for_the_gpu_is_a_sentence() -> None:
+    too_large = OutOfResources(180_000, 101_376, "shared memory")
+    found = "too large for this GPU .*shared memory, Required: 180000, Hardware limit: 101376.*: say --device cpu"
+    with pytest.raises(ColdstreamError, match=found), load_errors(2 << 30):
+        raise too_large
 
 
 def test_errors_that_are_not_the_gpus_pass_as_they_are() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from cache.errors import ColdstreamError
 from runtime.load import LoadOptions, load, open_plan, prepare
+from runtime.pack import PackOptions
 from runtime.perplexity import perplexity
 from runtime.plan import PlanOptions
 from tests.conftest import TinyModel
@@ -86,3 +87,13 @@ def test_what_cannot_be_scored_is_refused_by_its_flag_before_anything_is(packed:
         with pytest.raises(ColdstreamError, match=says):
             perplexity(str(packed), LoadOptions(), progress=lambda what, share: done.append(what), **given)
     assert not done
+
+
+def test_a_budget_is_refused_before_packing(
+    tiny_relu2: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTREAM_CACHE_DIR", str(tmp_path))
+    options = LoadOptions(memory_bytes=1 << 20, pack=PackOptions(tiny_relu2.text))
+    with pytest.raises(ColdstreamError, match=r"--memory 1MiB .*is too small"):
+        perplexity(str(tiny_relu2.checkpoint), options, None, 256, [0.2], quiet)
+    assert list(tmp_path.iterdir()) == []
