@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from runtime.request import SamplingParams
-from runtime.sampler import Sampler, filter_candidates, score_rows
+from runtime.sampler import Sampler, filter_candidates, invert, score_rows
 
 VOCAB = 8
 
@@ -98,14 +99,31 @@ def test_filters_leave_all_in_order_when_off() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.95])
-@pytest.mark.parametrize("spread", [0.1, 3.0])  # the nucleus is most of the vocabulary, or a few tokens
-def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(top_p: float, spread: float) -> None:
-    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(4)) * spread
+@pytest.mark.parametrize(
+    ("size", "spread"),
+    [(20_000, 0.1), (20_000, 3.0), (60_000, 1.5)],
+    ids=["most of the vocabulary", "a few tokens", "a head of many"],
+)
+def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(top_p: float, size: int, spread: float) -> None:
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(4)) * spread
     probs, ids = filter_candidates(logits, 0, top_p, 0.0)
     ordered, order = torch.softmax(logits, 0).sort(descending=True)
     num = int((ordered.double().cumsum(0) < top_p).sum()) + 1
     assert ids is not None and set(ids.tolist()) == set(order[:num].tolist())
     assert probs.sum().item() >= top_p and torch.equal(probs, ordered[:num])
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 1300])
+def test_a_drawn_index_is_where_the_cumulative_sum_passes(size: int) -> None:
+    rng = np.random.default_rng(size)
+    probs = rng.random(size).astype(np.float32) * (rng.random(size) < 0.3)
+    probs[size // 2] = 0.5
+    cumulative = np.cumsum(probs, dtype=np.float64)
+    for uniform in (*rng.random(200), 0.0, float(np.nextafter(1.0, 0.0))):
+        index = invert(probs, uniform)
+        assert probs[index] > 0
+        at, slack = uniform * cumulative[-1], 1e-12 * cumulative[-1]
+        assert cumulative[index] >= at - slack and (index == 0 or cumulative[index - 1] <= at + slack)
 
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
