@@ -94,7 +94,8 @@ def profile_group(options: argparse.Namespace, results: Results) -> None:
 
     def make(percent: int, mode: str) -> ProductTraced:
         plan = shape_plan(shape, VOCAB_SIZE, percent, mode=mode)
-        return ProductTraced(shape, VOCAB_SIZE, home, plan, replay if mode == "sparse" else None)
+        sets = replay if mode == "sparse" else None
+        return ProductTraced(shape, VOCAB_SIZE, home, plan, sets, ahead=False)  # which waits beside an FFN all its time
 
     for percent, mode in ((100, "sparse"), (20, "sparse"), (100, "dense")):
         results.step(f"profile {mode} {percent} %", partial(measure_profile, partial(make, percent, mode)))

@@ -220,6 +220,7 @@ class ProductTraced:
         return self._slots.snapshot()
 
     def counted(self) -> Counted:
+        """Downs of records that came early are taken to be silenced as often as those of the others."""
         seen = self._slots.counters.tolist()
         vector = self._layout.hidden_size * self._layout.dtype.item_bytes
         first = vector * (2 if self._shape.gated else 1)

@@ -108,7 +108,7 @@ def _ahead(steps: Figures) -> Iterator[str]:
     found = [(p, steps.get(f"afm-4.5b reading ahead {p} %")) for p in (20, 40)]
     said = [f"{f['times_faster']:.2f}x the speed at {p} %" for p, f in found if f is not None]
     if (f := steps.get("afm-4.5b reading ahead 40 %, sets as predicted")) is not None:
-        right = f["fetched_hits_per_step"] / f["fetched_per_step"]
+        right = f["fetched_hits_per_step"] / max(f["fetched_per_step"], 1e-9)
         said.append(
             f"{f['times_faster']:.2f}x at 40 % with what the predictor takes ({right:.0%} of the guesses wanted)"
         )

@@ -1,8 +1,9 @@
 """Reading a layer ahead on a GPU: the surest of what the next layer will want comes while the link has nothing to do.
 
 While a layer's absent records are read, the predictor of the next one is asked about the residual that this layer
-began with. What it is sure of is fetched between this FFN and the next, as long as attention and predictor take, beside
-them. As `runtime.ffn` does over a disk; results never depend on it. Knows streams and slots; not how sets are guessed.
+began with. What it is sure of is fetched from the end of this FFN until the next layer's predictor begins, beside sum,
+projections and attention. As `runtime.ffn` does over a disk; results never depend on it. Knows streams and slots; not
+how sets are guessed.
 Shapes: L layers, F neurons, B rows, D hidden.
 """
 
@@ -20,10 +21,10 @@ from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_ahead import Fetched, choose, fetch
 from runtime.kernels.triton_launch import apart
 from runtime.kernels.triton_masks import Trail
-from runtime.kernels.triton_neurons import FETCHED, Records, few_rows, num_programs
+from runtime.kernels.triton_neurons import FETCHED, FEW, Records, few_rows, num_programs
 
 MARGIN = 4.0  # over a layer's threshold: who scores that is taken nine times in ten (benchmarks/LOG.md)
-ROWS = 2  # of a step that reads ahead, at most: more rows want so much that the link is never idle for long
+ROWS = FEW  # of a step that reads ahead, at most: more rows want so much that the link is never idle for long
 _LEAST_BYTES = 1 << 20  # that a layer is expected to miss: less is read before a guess is made
 
 
@@ -40,11 +41,14 @@ def layers_ahead(
 
 class Ahead:
     """guesses: the masks of what the rows of a step would surely want, at an input that is not yet the true one.
-    layers: which of them are guessed. ValueError when the slots have no room for records that come early."""
+    layers: which of them are guessed. ValueError when the slots have no room for records that come early, or when the
+    first layer is to be guessed."""
 
     def __init__(self, slots: GpuSlots, guesses: Masks, layers: Sequence[bool]) -> None:
-        if slots.num_early < 1 or layers[0]:
-            raise ValueError("no room for records that come early, or nothing to guess the first layer from")
+        if slots.num_early < 1:
+            raise ValueError("the slots have no room for records that come early")
+        if layers[0]:
+            raise ValueError("there is nothing to guess the first layer from")
         self.slots, self.layers = slots, tuple(layers)
         self._guesses, hidden = guesses, slots.layout.hidden_size
         self._x = torch.zeros(2, ROWS, hidden, device=slots.device)  # where two neighbouring layers began
@@ -64,7 +68,9 @@ class Ahead:
         slots, turn = self.slots, layer % 2
         table, ids, count, fates = slots.early
         place = slots.num_slots + turn * slots.num_early
-        fetched = Fetched(table[turn], ids, count, fates[layer], fates[layer - 2], place)
+        guessed = [i for i, own in enumerate(self.layers) if own]  # nobody is at the last but one of them, if any
+        faded = fates[guessed[guessed.index(layer) - 2]] if len(guessed) > 2 else fates[layer]
+        fetched = Fetched(table[turn], ids, count, fates[layer], faded, place)
         return replace(records, fetched=fetched)
 
     def trail(self, layer: int, rows: int) -> Trail | None:

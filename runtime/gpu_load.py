@@ -69,7 +69,10 @@ def make_gpu(
         home = _home(packed, device, progress)
     pinned = (0,) * config.num_hidden_layers if sparse is None else sparse.pinned
     ranks = plan.mode != "dense"
-    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device, ranks, plan.num_early)
+    sketches = [None] * config.num_hidden_layers if sparse is None else sparse.predictor.sketches
+    layers = layers_ahead(frequency, slots_per_layer, home.layout.stride, [s is not None for s in sketches])
+    num_early = plan.num_early if any(layers) else 0
+    slots = GpuSlots(home, slots_per_layer, frequency, pinned, device, ranks, num_early)
     most = plan.decode_buckets[-1]
     masks = _masks(packed, plan.mode, sparse, most, device)
     active_at = None if sparse is None else torch.from_numpy(sparse.active_at).to(device)
@@ -79,22 +82,14 @@ def make_gpu(
         home.open((slots.table >= 0).cpu().numpy(), frequency, progress)
         ffn: GpuFFN = TieredFFN(slots, home, *common)
     else:
-        ffn = GpuFFN(slots, *common, _ahead(slots, masks, sparse, frequency))
+        guesses = masks.sure(ROWS, MARGIN) if num_early and isinstance(masks, PlaneMasks) else None
+        ffn = GpuFFN(slots, *common, None if guesses is None else Ahead(slots, guesses, layers))
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype, device)
     model = GpuModel(config, weights, ffn, plan.max_model_len, plan.decode_buckets)
     progress("capturing", 0.0)
     model.capture(kv)
     progress("capturing", 1.0)
     return GpuParts(model, kv, slots, masks, home.cache if isinstance(home, DiskHome) else None)
-
-
-def _ahead(slots: GpuSlots, masks: Masks | None, sparse: Sparse | None, frequency: np.ndarray) -> Ahead | None:
-    """None where there is no room for it, or no layer is worth it."""
-    if sparse is None or not isinstance(masks, PlaneMasks) or not slots.num_early:
-        return None
-    sketched = [s is not None for s in sparse.predictor.sketches]
-    layers = layers_ahead(frequency, slots.slots_per_layer, slots.layout.stride, sketched)
-    return Ahead(slots, masks.sure(ROWS, MARGIN), layers) if any(layers) else None
 
 
 def _home(packed: Packed, device: torch.device, progress: Callable[[str, float], None]) -> GpuHome:

@@ -94,6 +94,7 @@ class GpuModel:
         self._rows = 0
         cuda = self._device.type == "cuda"
         self._beside = [torch.cuda.Stream(self._device) for _ in range(_BESIDE if cuda else 0)]  # type: ignore[no-untyped-call]
+        self._own = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._splits = Splits.make(self._sizes[-1], config.num_attention_heads, config.head_dim, self._device)
 
     def counters(self) -> ModelCounters:
@@ -207,7 +208,8 @@ class GpuModel:
 
     def _warm(self, bucket: _Bucket, kv: KVCache) -> None:
         """Compiles, and makes the libraries' workspaces."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._own
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             list(self._step(bucket, kv, None))
@@ -219,7 +221,7 @@ class GpuModel:
         step, graphs = self._step(bucket, kv, turn), Graphs()
         while not graphs or graphs[-1][1] is not None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=self._own):  # torch's may be one of those beside
                 wanted = next(step, None)
             graphs.append((graph.replay, wanted))
         return graphs

@@ -49,7 +49,8 @@ NOT_HERE = "not here"  # name of a GPU that is only planned for
 PREFILL_ROWS = 2048  # of a step: the home is read once for all of them
 _SMALLEST_PREFILL_ROWS = 256
 _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pace
-_EARLY_STEP = 32  # records that come early are as many for each of the programs that fetch
+_EARLY_STEP = 32  # records that come early are as many for each program that fetches (runtime/kernels/triton_ahead.py)
+_AHEAD_HIDDEN = 4096  # longer vectors go another way (LONGEST in runtime/kernels/triton_neurons.py)
 _EARLY_BYTES = 2 << 20  # of a layer's records that come early: twice what the link brings while attention runs
 _AHEAD_BYTES = 32 << 20  # of a layer: smaller ones are not read ahead (as on a CPU, runtime/load.py)
 _EARLY_NEURON_BYTES = 12  # of a layer: two tables, and masks of the guess
@@ -232,7 +233,7 @@ def make_gpu_plan(
         num_early=sizes.num_early(shape) if below is None else 0,
         memory_slots_per_layer=() if below is None else spread(below.num_slots, config.num_hidden_layers),
         memory_staging_bytes=0 if below is None else below.staging_bytes,
-        gpu_details=sizes.details(shape),
+        gpu_details=sizes.details(shape) | ({} if below is None else {"staging.early": 0}),
         memory_details=sizes.memory_details(shape.max_model_len, below) | {"headroom.kernel": headroom(memory)},
         notes=notes,
     )
@@ -301,12 +302,12 @@ class _Sizes(ModelSizes):
     def num_early(self, shape: _Shape) -> int:
         """Records of a layer that can come early, where a layer is large and its neurons do not all have slots."""
         some = self.options.mode == "sparse" and self.options.reads_ahead and shape.num_slots < self.num_neurons
-        if not some or self.layer_bytes < _AHEAD_BYTES:
+        if not some or self.layer_bytes < _AHEAD_BYTES or self.config.hidden_size > _AHEAD_HIDDEN:
             return 0
         return _EARLY_STEP * max(1, _EARLY_BYTES // self.layout.stride // _EARLY_STEP)
 
     def _early_bytes(self, shape: _Shape) -> int:
-        """Of two layers' records, and what a guess is made with: digits as a bucket's own are priced."""
+        """Of two layers' records, and what a guess is made with: tables and masks, and a MiB for inputs and digits."""
         num = self.num_early(shape)
         tables = self.config.intermediate_size * _EARLY_NEURON_BYTES + self.config.num_hidden_layers * 8
         return 2 * num * self.layout.stride + tables + _MIB if num else 0
@@ -459,8 +460,10 @@ def _shape(sizes: _Sizes, room: int, num_pinned: int) -> _Shape:
     shape = replace(shape, num_pinned=num_pinned)
     shape = _more_sequences(sizes, shape, _part(sizes, shape, room))
     if sizes.options.ffn_cache is None:
+        whole = replace(shape, num_slots=sizes.num_neurons)  # with nothing left to read ahead
         more = max(0, room - sizes.total(shape)) // sizes.layout.stride
-        shape = replace(shape, num_slots=min(sizes.num_neurons, more))
+        some = replace(shape, num_slots=min(sizes.num_neurons, more))
+        shape = whole if sizes.total(whole) <= room else some
     return _more_sequences(sizes, shape, room)
 
 

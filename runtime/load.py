@@ -377,6 +377,8 @@ def _load_gpu(opened: _Opened, options: LoadOptions, device: DeviceMemory, progr
     from runtime.gpu_load import make_gpu  # Triton, which hosts without a GPU need not have
 
     packed, config = opened.packed, opened.config
+    if options.lookahead == "attention":
+        raise ColdstreamError("lookahead attention: a GPU reads a layer ahead, or nothing")
     plan = make_gpu_plan(
         config,
         packed.bundles.layout,

@@ -133,25 +133,34 @@ def test_the_same_logits_and_greedy_text_as_on_the_cpu(packed: Path, mode: str, 
     loaded.close()
 
 
-@pytest.mark.parametrize("early", [32, 160])
+@pytest.mark.parametrize("early", [32, 160] if CUDA else [32])
 def test_what_comes_early_changes_no_number(packed: Path, monkeypatch: pytest.MonkeyPatch, early: int) -> None:
     monkeypatch.setattr("runtime.gpu_ahead._LEAST_BYTES", 1)
     monkeypatch.setattr("runtime.gpu_load.MARGIN", 1.0)
     loaded, _ = cpu_side(packed, "sparse", 10.0)
     plain, ahead = gpu_side(packed, "sparse", 10.0, loaded), gpu_side(packed, "sparse", 10.0, loaded, early=early)
-    a, b = (side.run("prefill", some_ids(PROMPT, 1), 0, "last") for side in (plain, ahead))
+
+    def same(what: str, *arguments: Any) -> int:
+        """Bit by bit: only addresses differ. The likeliest token of the last row."""
+        a, b = (getattr(side, what)(*arguments) for side in (plain, ahead))
+        assert torch.equal(a, b)
+        return int(a[-1].argmax())
+
+    token = same("run", "prefill", some_ids(PROMPT, 1), 0, "last")
     for at in range(PROMPT, PROMPT + (24 if CUDA else 3)):
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-        token = int(a.argmax())  # of logits that are lent
-        a, b = (side.run("decode", [token], at, "last") for side in (plain, ahead))
+        token = same("run", "decode", [token], at, "last")
     before, after = plain.slots.snapshot(), ahead.slots.snapshot()
-    (one, two), fetched = (s.tiers["gpu"] for s in (before, after)), after.prefetch_issued_bytes
-    assert two.lookups == one.lookups and fetched > 0
-    used = two.hits - one.hits
-    assert after.prefetch_used_bytes == used * ahead.slots.layout.stride and used > 0
-    assert fetched == after.prefetch_used_bytes + after.prefetch_wasted_bytes
-    moved = after.transfers["cpu", "gpu"]
-    assert moved.bytes - moved.needed_bytes >= after.prefetch_wasted_bytes
+    one, two = (s.tiers["gpu"] for s in (before, after))
+    assert two.lookups == one.lookups and 0 < after.prefetch_used_bytes <= after.prefetch_issued_bytes
+    assert after.prefetch_used_bytes == (two.hits - one.hits) * ahead.slots.layout.stride
+    others = [np.array([9, 2], np.int32), np.array([4, 11], np.int32), np.array([7, 5], np.int32)]
+    for num in (2, 3, 2) if CUDA else (2,):  # of three rows nothing comes early
+        issued = ahead.slots.snapshot().prefetch_issued_bytes
+        same("step", some_ids(num, num), [0] * num, others[:num])
+        assert (ahead.slots.snapshot().prefetch_issued_bytes > issued) == (num == 2)
+    if CUDA:
+        same("run", "score", some_ids(6, 21), 0, "all", np.array([0, 1], np.int32))
+    same("run", "decode", [token], at + 1, "last")
     loaded.close()
 
 

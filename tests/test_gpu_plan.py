@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -95,10 +96,10 @@ def test_smallest_budgets_work_and_one_byte_less_is_refused(config: ModelConfig,
 
 
 def test_main_memory_that_cannot_hold_the_home_leaves_it_on_disk() -> None:
-    free = plan(LARGE, PlanOptions(max_model_len=2048))
+    free = plan(LARGE, PlanOptions(max_model_len=2048, reads_ahead=False))
     home, smallest = free.home_memory_bytes, free.smallest_memory_bytes
     assert not free.home_on_disk and smallest < home - 0.9 * free.ffn_bytes
-    gpu = PlanOptions(gpu_memory_bytes=8 * GIB, max_model_len=2048)
+    gpu = PlanOptions(gpu_memory_bytes=8 * GIB, max_model_len=2048, reads_ahead=False)
     at_home, without = (plan(LARGE, replace(gpu, memory_bytes=n)) for n in (home, home - 1))
     assert not at_home.home_on_disk and without.home_on_disk
     assert at_home.uses()["gpu"] == without.uses()["gpu"] and at_home.num_pinned == without.num_pinned
@@ -198,3 +199,51 @@ def test_json_round_trips_and_metrics_levels_agree() -> None:
     assert levels.used_bytes["gpu", "slots"] == made.slab_bytes and levels.used_bytes["cpu", "home"] == made.ffn_bytes
     with pytest.raises(ColdstreamError, match="--mode fast"):
         plan(options=PlanOptions(mode="fast"))
+
+
+# -- records that come before they are wanted --------------------------------------------------------------------------
+
+
+def early(config: ModelConfig = LARGE, percent: float | None = 20, **options: Any) -> GpuPlan:
+    cache = None if percent is None else FfnCache(percent=percent)
+    return plan(config, PlanOptions(**{"gpu_memory_bytes": 16 * GIB, "ffn_cache": cache, "max_num_seqs": 1} | options))
+
+
+def test_records_that_come_early_are_priced_and_as_many_for_each_program() -> None:
+    made = early()
+    stride = made.ffn_bytes // (LARGE.num_hidden_layers * LARGE.intermediate_size)
+    assert made.num_early > 0 and 2 * made.num_early * stride < made.gpu_details["staging.early"]
+    programs = pytest.importorskip("runtime.kernels.triton_ahead").programs
+    assert all(made.num_early % programs(size) == 0 for size in (stride, 4 * stride, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "dense"}, {"mode": "exact"}, {"reads_ahead": False}, {"percent": 100}, {"memory_bytes": 8 * GIB}],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_comes_early_where_nothing_is_read_ahead(options: dict[str, Any]) -> None:
+    made = early(**options)
+    assert made.num_early == 0 and made.gpu_details["staging.early"] == 0
+
+
+def test_small_layers_and_long_vectors_are_not_read_ahead() -> None:
+    pytest.importorskip("triton")
+    from runtime.kernels.triton_neurons import LONGEST
+
+    assert early(SMOL).num_early == 0
+    heads = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+    assert early(replace(LARGE, hidden_size=LONGEST, **heads), gpu_memory_bytes=32 * GIB).num_early > 0
+    assert early(replace(LARGE, hidden_size=LONGEST + 128, **heads), gpu_memory_bytes=32 * GIB).num_early == 0
+
+
+def test_a_budget_that_holds_all_neurons_is_not_spent_on_reading_ahead() -> None:
+    def least(reads_ahead: bool) -> int:
+        low, high = 6 * GIB, 24 * GIB
+        while low < high:
+            middle = (low + high) // 2
+            made = early(percent=None, gpu_memory_bytes=middle, reads_ahead=reads_ahead, max_model_len=2048)
+            low, high = (low, middle) if made.ffn_cache_share == 1 else (middle + 1, high)
+        return low
+
+    assert least(True) == least(False)

@@ -2,8 +2,8 @@
 
 Between a layer's FFN and the next one's, attention and predictor run, which read GPU memory alone. A guess at the next
 layer's set (as Deja Vu, arXiv 2310.17157, and its successors have it: neighbouring layers see nearly one residual) says
-what to fetch meanwhile; the true set decides what is computed, so that a wrong guess costs an idle link's bytes and
-nothing else.
+what to fetch meanwhile; the true set decides what is computed. A wrong guess costs the bytes of a link that is idle,
+but for the records that are under way when the next FFN could begin, which it waits for.
 Shapes: B rows, F neurons, P programs, M records that can be fetched for a layer.
 """
 
@@ -18,17 +18,18 @@ import triton.language as tl
 from runtime.kernels.triton_launch import after_others, chained
 from runtime.kernels.triton_masks import PLACES
 
-PROGRAMS = 32  # that fetch, each for every 32nd neuron: enough for the link, and room for the kernels beside them
+_PROGRAMS, _UNDER_WAY = 32, 384 << 10  # that fetch, and bytes of theirs that come at once, at most
 _BLOCK = 4096  # words at once, at most
 _PATIENT = 20_000  # looks at how much is done, some 10 ms
+FATES = 4  # numbers of a layer, of which two are used: its address is then as round as any other's
 _KNOWN, _PATIENCE = 4096, 64  # fetched, of which a layer's guesses are judged by; and before they are judged at all
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """Of one layer. table int32 [F]: the slot that a neuron was fetched into, or -1; ids int32 [P, M / P] and count
-    int32 [P]: who is to be fetched; fates int32 [2]: how many were fetched of late, and of these wanted; faded int32
-    [2]: those of a layer that nobody is at; slots: the first of M."""
+    int32 [P]: who is to be fetched; fates int32 [FATES]: how many were fetched of late, and of these wanted; faded:
+    those of a layer that nobody is at; slots: the first of M."""
 
     table: torch.Tensor
     ids: torch.Tensor
@@ -36,6 +37,11 @@ class Fetched:
     fates: torch.Tensor
     faded: torch.Tensor
     slots: int
+
+
+def programs(stride: int) -> int:
+    """P: few enough for the kernels beside them, and for what is under way to have come by the time scores are made."""
+    return next((n for n in (_PROGRAMS, _PROGRAMS // 2, _PROGRAMS // 4) if n * stride <= _UNDER_WAY), _PROGRAMS // 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,10 +75,10 @@ def _chosen(  # type: ignore[no-untyped-def]
 def choose(mask: torch.Tensor, live: torch.Tensor, table: torch.Tensor, fetched: Fetched) -> None:
     """Of mask uint8 [B, F], the neurons that table int32 [F] gives no slot are to be fetched, as far as there is room
     for them; none has been so far. A row whose `live` int64 [B] is zero guesses nothing."""
-    (rows, num), (programs, each) = mask.shape, fetched.ids.shape
-    _chosen[(programs,)](
+    (rows, num), (count, each) = mask.shape, fetched.ids.shape
+    _chosen[(count,)](
         mask, live, table, fetched.table, fetched.ids, fetched.count, fetched.fates, fetched.faded, NUM=num,
-        LANES=triton.next_power_of_2(triton.cdiv(num, programs)), B=rows, EACH=each, KNOWN=_KNOWN, PATIENCE=_PATIENCE,
+        LANES=triton.next_power_of_2(triton.cdiv(num, count)), B=rows, EACH=each, KNOWN=_KNOWN, PATIENCE=_PATIENCE,
         **chained(mask),
     )  # fmt: skip
 
@@ -89,13 +95,16 @@ def _fetch(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr, BLOCK: tl.constexpr, PATIENT: tl.constexpr,
 ):  # fmt: skip
     """From when a layer's programs have ended, as the one that waits here knows sooner than one that is launched then,
-    as long as the decoder is at that layer. Waiting ends by itself, should that layer's kernel not run beside it."""
+    as long as the decoder is at that layer. Waiting ends by itself, should that layer's kernel not run beside it, and
+    counts as guesses gone wrong, so that it is not done again and again."""
     own, polls = tl.program_id(0) * EACH, tl.zeros([], tl.int32)
     i, num = own, own + tl.load(count + tl.program_id(0))
     now = _looked(at)
-    while (now >= begun) & (now < enough) & (polls < PATIENT):
+    while (i < num) & (now >= begun) & (now < enough) & (polls < PATIENT):
         now = _looked(at)
         polls += 1
+    if polls == PATIENT:
+        tl.atomic_add(fates, num - own, sem="relaxed")
     num = tl.where(now >= enough, num, own)
     while (i < num) & (now >= enough) & (now < over):
         neuron = tl.load(ids + i)

@@ -23,7 +23,7 @@ from runtime.kernels.triton_launch import after_others, chained
 
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, FETCHED, FETCHED_HITS, NUM_COUNTERS = *range(9), 9
 _SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the neurons; of these, added up at once
-_FEW, _LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
+FEW, LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
 _PROGRAMS, _WARPS = 396, 4  # of these, three a processor of an H100
 _FACTOR_PROGRAMS = 1056
 _WHOLE_ROWS, _WHOLE_AHEAD, _WHOLE_WIDE = 8, 2, 512  # of downs of a whole layer: a tile, how many at once, columns
@@ -43,7 +43,8 @@ class Records:
     """Where a layer's records are. home uint8 [F, stride] in (registered) main memory and slab uint8 [S, stride] on the
     device; table int32 [F]: a neuron's slot, or -1. resident: all of them have one. where int64 [F]: addresses of the
     records that have no slot, as somebody writes them before each step; home then means nothing. For `few_rows` of a
-    step: fetched: those that came early, into slots of the same slab; done int32 [1]: how many programs have ended."""
+    step: fetched: those that came early, into slots of the same slab; done int32 [1]: to which each program adds one as
+    it ends."""
 
     home: torch.Tensor
     slab: torch.Tensor
@@ -62,7 +63,7 @@ def num_programs(device: torch.device) -> int:
 
 def few_rows(rows: int, hidden: int) -> bool:
     """Whether a step goes through neurons that miss one by one."""
-    return rows <= _FEW and hidden <= _LONGEST
+    return rows <= FEW and hidden <= LONGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Scratch:
 
 def sums(rows: int) -> int:
     """P B, at most, of up to so many rows."""
-    return max(_SUMS * rows, _PROGRAMS * min(rows, _FEW))
+    return max(_SUMS * rows, _PROGRAMS * min(rows, FEW))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
