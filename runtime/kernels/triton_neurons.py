@@ -20,6 +20,8 @@ from cache.bundle import BundleDtype, BundleLayout
 from runtime.kernels.triton_act import ACTS, activated
 from runtime.kernels.triton_launch import after_others, chained
 
+# Counters are added to "relaxed": nothing is said by them, and a program that orders its other stores before them waits
+# for memory once for each of them.
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, NUM_COUNTERS = *range(7), 8
 _SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the neurons; of these, added up at once
 _FEW, _LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
@@ -124,9 +126,9 @@ def _list(  # type: ignore[no-untyped-def]
     tl.store(places + k, wide, mask=taken > 0)
     tl.store(used + place, uses + 1, mask=taken > 0)
     resident = (slot >= 0) & (taken > 0)
-    tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64))
-    tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64))
-    tl.atomic_add(counters + 5, predicted)
+    tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 5, predicted, sem="relaxed")
     if block * BLOCK + BLOCK >= NUM:
         tl.store(count, before + tl.sum(taken))
 
@@ -239,11 +241,11 @@ def _factors(  # type: ignore[no-untyped-def]
         neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
         tiles = _fetched(place, k < total, UP_AT, D, W, AHEAD_T, TYPE, ALIGN)
     if COUNTED:
-        tl.atomic_add(counters + 4, active)
+        tl.atomic_add(counters + 4, active, sem="relaxed")
     if not LISTED:
-        tl.atomic_add(counters + 1, hits)
+        tl.atomic_add(counters + 1, hits, sem="relaxed")
         if tl.program_id(0) == 0:
-            tl.atomic_add(counters + 0, total.to(tl.int64))
+            tl.atomic_add(counters + 0, total.to(tl.int64), sem="relaxed")
             tl.store(count, total)
 
 
@@ -289,8 +291,8 @@ def _down(  # type: ignore[no-untyped-def]
         factor, place = _survivors(h, places, row, k, NUM)
     tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=(column < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.atomic_add(counters + 2, misses)
-        tl.atomic_add(counters + 3, hits)
+        tl.atomic_add(counters + 2, misses, sem="relaxed")
+        tl.atomic_add(counters + 3, hits, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -365,10 +367,10 @@ def _whole_down(  # type: ignore[no-untyped-def]
         factors = more
     tl.store(partial + tl.program_id(0) * D + column, out, mask=column < D)
     if tl.program_id(1) == 0:
-        tl.atomic_add(counters + 3, hits)
+        tl.atomic_add(counters + 3, hits, sem="relaxed")
         if (tl.program_id(0) == 0) & alive:
-            tl.atomic_add(counters + 0, NUM)
-            tl.atomic_add(counters + 1, NUM)
+            tl.atomic_add(counters + 0, NUM, sem="relaxed")
+            tl.atomic_add(counters + 1, NUM, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -422,9 +424,9 @@ def _neurons(  # type: ignore[no-untyped-def]
     tl.store(places + k, tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, elsewhere), mask=taken > 0)
     tl.store(used + candidate, uses + 1, mask=taken > 0)
     total = tl.sum(taken)
-    tl.atomic_add(counters + 0, total.to(tl.int64))
-    tl.atomic_add(counters + 1, tl.sum(((slot >= 0) & (taken > 0)).to(tl.int32)).to(tl.int64))
-    tl.atomic_add(counters + 5, tl.sum(tl.sum(asked, 1), 0).to(tl.int64))
+    tl.atomic_add(counters + 0, total.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, tl.sum(((slot >= 0) & (taken > 0)).to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 5, tl.sum(tl.sum(asked, 1), 0).to(tl.int64), sem="relaxed")
     tl.debug_barrier()
     first, total = own, own + total
     k = first + tl.arange(0, 1)
@@ -478,10 +480,10 @@ def _neurons(  # type: ignore[no-untyped-def]
         column = i * W + tl.arange(0, W)
         at = partial + (tl.program_id(0) * B + row[:, None]) * D + column[None, :]
         tl.store(at, sums[i], mask=(column < D)[None, :] & (row >= 0)[:, None])
-    tl.atomic_add(counters + 2, misses)
-    tl.atomic_add(counters + 3, hits)
+    tl.atomic_add(counters + 2, misses, sem="relaxed")
+    tl.atomic_add(counters + 3, hits, sem="relaxed")
     if COUNTED:
-        tl.atomic_add(counters + 4, active)
+        tl.atomic_add(counters + 4, active, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
