@@ -12,8 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from runtime.kernels.triton_act import activated
 from runtime.kernels.triton_launch import after_others
+from runtime.kernels.triton_score import scored
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -92,12 +92,6 @@ def _number(sums, i: gl.constexpr, column, HIGH: gl.constexpr):  # type: ignore[
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def _squared(z, ACT: gl.constexpr):  # type: ignore[no-untyped-def]
-    a = activated(z, ACT)
-    return a * a
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
 def _stored(  # type: ignore[no-untyped-def]
     ids, gate, up, unit, gate_sum, up_sum, gate_scale, gate_bias, up_scale, up_bias, norm, scores, mask, threshold,
     gate_noise, up_noise, num, first, num_neurons, row, rows, ACT: gl.constexpr, GATED: gl.constexpr,
@@ -106,15 +100,8 @@ def _stored(  # type: ignore[no-untyped-def]
     """The scores of half a program's neurons, as `triton_masks._masks` makes them."""
     up = unit * up - up_sum + up_bias
     if GATED:
-        centre, scale, noise = unit * gate - gate_sum + gate_bias, gate_scale, gate_noise
-        size = gl.sqrt(up * up + up_noise * up_noise) * up_scale
-    else:
-        centre, scale, noise, size = up, up_scale, up_noise, norm
-    spread = 1.7320508075688772 * noise
-    square = 0.6666666666666666 * _squared(centre * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
-    score = gl.sqrt(square) * size
+        gate = unit * gate - gate_sum + gate_bias
+    score = scored(gate, up, gate_scale, up_scale, norm, gate_noise, up_noise, ACT, GATED)
     there = (ids < num) & (row < rows)
     if SCORED:
         gl.store(scores + row * num + ids, score, mask=there)

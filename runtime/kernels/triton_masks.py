@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton_act import ACTS, activated
+from runtime.kernels.triton_act import ACTS
 from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled
+from runtime.kernels.triton_score import scored
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 128  # of a row of codes at once
@@ -249,13 +250,6 @@ def _put_together(sums, row: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """act(z)^2."""
-    a = activated(z, ACT)
-    return a * a
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _masks(  # type: ignore[no-untyped-def]
     digits, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
     gate_noise, up_noise, num, first, num_neurons, rows, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
@@ -272,6 +266,7 @@ def _masks(  # type: ignore[no-untyped-def]
         tl.load(up_scale + ids, mask=there, other=0.0),
         tl.load(up_bias + ids, mask=there, other=0.0),
     )
+    own_scale, own_bias, own_norm = own_up_scale, own_up_bias, own_up_scale
     if GATED:
         own_scale, own_bias = (
             tl.load(gate_scale + ids, mask=there, other=0.0),
@@ -294,18 +289,11 @@ def _masks(  # type: ignore[no-untyped-def]
         unit = 2.0 * tl.load(facts + row * 3)
         up = unit * _put_together(up_sums, i) - tl.load(facts + row * 3 + (2 if GATED else 1))
         up += own_up_bias
+        gate = up
         if GATED:
-            centre = unit * _put_together(gate_sums, i) - tl.load(facts + row * 3 + 1)
-            centre += own_bias
-            scale, noise = own_scale, gate_noise
-            size = tl.sqrt(up * up + up_noise * up_noise) * own_up_scale
-        else:
-            centre, scale, noise, size = up, own_up_scale, up_noise, own_norm
-        spread = 1.7320508075688772 * noise
-        square = 0.6666666666666666 * _squared(centre * scale, ACT)
-        square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
-        square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
-        score = tl.sqrt(square) * size
+            gate = unit * _put_together(gate_sums, i) - tl.load(facts + row * 3 + 1)
+            gate += own_bias
+        score = scored(gate, up, own_scale, own_up_scale, own_norm, gate_noise, up_noise, ACT, GATED)
         stored = there & (row < rows)
         if SCORED:
             tl.store(scores + row * num + ids, score, mask=stored)
