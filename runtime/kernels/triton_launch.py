@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _CAPABILITY = 9
 ASSUMED = 0  # a GPU of this capability, though tensors are elsewhere: for compiling without one
 BITS = True  # products of bits where the GPU is quick at them; off for holding the other way against them
+LAID_OUT = True  # kernels with layouts of their own where they were measured; off for holding the others against them
 OFF = False  # one kernel after the other: for telling their times apart
 
 
@@ -43,6 +44,11 @@ def chained(x: torch.Tensor) -> dict[str, Any]:
 def by_bits(x: torch.Tensor) -> bool:
     """Whether bits are multiplied on the device of x: measured on compute capability 9 alone."""
     return BITS and compiled() and _capability(x) == _CAPABILITY
+
+
+def laid_out(x: torch.Tensor) -> bool:
+    """Whether kernels that say themselves which thread has what run on the device of x: as `by_bits`."""
+    return LAID_OUT and compiled() and _capability(x) == _CAPABILITY
 
 
 def _capability(x: torch.Tensor) -> int:
