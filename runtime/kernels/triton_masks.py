@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton_act import ACTS
-from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled
+from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled, laid_out
 from runtime.kernels.triton_score import scored
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 128  # of a row of codes at once
 _NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
+_COLUMNS_AT_ONCE = 512  # of a row whose digits are made in bits
 _WORDS_AHEAD = 64  # of a gated row, that a program which counts bits has under way early
 ROW_ALIGN = 16  # bytes of codes that a lane loads at once
 _COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
@@ -339,6 +340,15 @@ def make_digits(
     """What the vectors' side of the products is, as digits or as their bits; see `plane_masks`."""
     (rows, hidden), width, up = x.shape, sketch.width, sketch.up
     first = up if sketch.gate is None else sketch.gate
+    if bits and laid_out(x):
+        from runtime.kernels.gluon_digits import BYTES, digits_in_bits
+
+        digits_in_bits[(triton.cdiv(width, BYTES) + 1, rows)](
+            x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
+            scratch.facts, h, eps, D=hidden, W=_COLUMNS_AT_ONCE, T=triton.cdiv(hidden, _COLUMNS_AT_ONCE), WIDTH=width,
+            num_warps=4, **chained(x),
+        )  # fmt: skip
+        return
     _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
         x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
         scratch.facts, h, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width, C=_DIGIT_BYTES, PLANES=bits,
