@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
 from runtime.gpu_tiers import TieredFFN
 from runtime.kernels.triton_launch import after_others, chained
-from runtime.kernels.triton_masks import DeviceSketch
+from runtime.kernels.triton_masks import DeviceSketch, Scoring
 from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, HITS, LOOKUPS, SWAPPED
 from runtime.kv_cache import KVCache
 
@@ -85,6 +86,13 @@ class TraceMasks:
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor:
         self._inner.of(layer, x, norm, h)
+        return self._given(layer, x)
+
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None:
+        scoring = self._inner.scoring(layer, x, norm, h)
+        return None if scoring is None else replace(scoring, given=self._given(layer, x))
+
+    def _given(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         if layer == 0:
             layers, tokens, num = self._sets.shape
             torch.remainder(self._token + self._first, tokens, out=self._places)

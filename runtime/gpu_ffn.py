@@ -19,9 +19,9 @@ from runtime.activation import activation
 from runtime.ffn import record_matrix
 from runtime.gpu_slots import GpuSlots
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, make_digits, plane_masks
 from runtime.kernels.triton_matvec import norm_rows
-from runtime.kernels.triton_neurons import Scratch, add_ffn, add_whole
+from runtime.kernels.triton_neurons import Scratch, add_ffn, add_scored, add_whole, scores_itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,16 @@ class Norm:
 class Masks(Protocol):
     """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
     [B, F], or None: the whole layer, as num_whole of them are; the tensor is the caller's until the next call, and h
-    gets x normed."""
+    gets x normed. scoring(layer, x fp32 [1, D], norm, h): what it takes to say it where the neurons are added up, and h
+    as well; None, and nothing is done: that is no way to say it."""
 
     name: str
     num_bytes: int
     num_whole: int
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> torch.Tensor | None: ...
+
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None: ...
 
 
 class PlaneMasks:
@@ -73,6 +76,13 @@ class PlaneMasks:
         plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._digits, h, mask)
         return mask
 
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None:
+        sketch = self._sketches[layer]
+        if sketch is None:
+            return None
+        make_digits(x, norm.weight, norm.eps, sketch, self._digits, h, bits=True)
+        return Scoring(sketch, self._thresholds[layer], self._digits, self._mask[:1])
+
 
 class GateMasks:
     """As `runtime.predictor.ResidentGatePredictor`. gates: per layer [F, D] on the device."""
@@ -91,11 +101,14 @@ class GateMasks:
         gate_masks(h, self._gates[layer], mask)
         return mask
 
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What rows of a step want of a layer. x fp32 [B, D]: the residual, h: x normed, until the next layer asks; mask
-    uint8 [B, F], None: all neurons; live int64 [B]: zero for padding."""
+    uint8 [B, F], None: all neurons, or those that `scoring` finds; live int64 [B]: zero for padding."""
 
     layer: int
     x: torch.Tensor
@@ -103,6 +116,7 @@ class Wanted:
     mask: torch.Tensor | None
     live: torch.Tensor
     norm: Norm
+    scoring: Scoring | None = None
 
 
 class GpuFFN:
@@ -147,12 +161,14 @@ class GpuFFN:
 
     def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor) -> Wanted:
         """The first half of `decode`."""
-        h, mask = self._h[: x.shape[0]], None
+        h, mask, scoring = self._h[: x.shape[0]], None, None
         if self.masks is not None:
-            mask = self.masks.of(layer, x, norm, h)
+            if not self.visited and scores_itself(x, self._records[layer]):
+                scoring = self.masks.scoring(layer, x, norm, h)
+            mask = self.masks.of(layer, x, norm, h) if scoring is None else None
         elif not self._alone(layer, x):
             norm.of(x, h)
-        return Wanted(layer, x, h, mask, live, norm)
+        return Wanted(layer, x, h, mask, live, norm, scoring)
 
     def visit(self, wanted: Wanted) -> None:
         """What the host does between both halves where `visited`: here nothing, so that one graph holds a step."""
@@ -168,6 +184,12 @@ class GpuFFN:
             )  # fmt: skip
             return
         active_at = None if self._active_at is None else self._active_at[layer]
+        if wanted.scoring is not None:
+            add_scored(
+                wanted.h, wanted.scoring, self._records[layer], self._name, active_at, wanted.x, self._scratch,
+                self.slots.counters, wanted.live,
+            )  # fmt: skip
+            return
         add_ffn(
             wanted.h, self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,
             self.slots.used[layer], self.slots.counters, wanted.live,

@@ -26,6 +26,7 @@ _BYTES = 128  # of a row of codes at once
 _NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
 _COLUMNS_AT_ONCE = 512  # of a row whose digits are made in bits
+_WORD = 64  # neurons of a word of bits
 _WORDS_AHEAD = 64  # of a gated row, that a program which counts bits has under way early
 ROW_ALIGN = 16  # bytes of codes that a lane loads at once
 _COLUMNS, _ROWS, _FACTS = 16, 4, 3  # of the vectors' side of a product; rows that share one; facts of a row
@@ -130,6 +131,18 @@ class Digits:
     @property
     def num_bytes(self) -> int:
         return self.digits.nbytes + self.facts.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What it takes to score one row's neurons: its digits, in bits; mask uint8 [1, F] gets what is wanted. given, of
+    that shape: what is taken for it, whatever the scores say, which are made all the same."""
+
+    sketch: DeviceSketch
+    threshold: float
+    digits: Digits
+    mask: torch.Tensor
+    given: torch.Tensor | None = None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -356,6 +369,14 @@ def make_digits(
     )  # fmt: skip
 
 
+def bits_of_wanted(scoring: Scoring, words: torch.Tensor) -> int:
+    """The second half of `plane_masks` of a row; words int64: bit j of word i gets whether neuron 64 i + j of those
+    that have a sketch is wanted. How many words that are."""
+    num: int = scoring.sketch.up.codes.shape[0]
+    _score_bits(scoring.sketch, scoring.threshold, scoring.digits, scoring.mask, None, 1, words, scoring.given)
+    return -(-num // _WORD)
+
+
 def _score_bits(
     sketch: DeviceSketch,
     threshold: float,
@@ -363,23 +384,27 @@ def _score_bits(
     mask: torch.Tensor,
     scores: torch.Tensor | None,
     rows: int,
+    words: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
 ) -> None:
-    """The second half of `plane_masks` by products of bits."""
+    """The second half of `plane_masks` by products of bits; words and given as of `Scoring`."""
     from runtime.kernels.gluon_scores import score_bits
 
     up, gate, num = sketch.up, sketch.gate, sketch.up.codes.shape[0]
     first = up if gate is None else gate
-    words = [p.codes.view(torch.int32) for p in (first, up)]
-    sizes = [w.shape[1] for w in words]
+    codes = [p.codes.view(torch.int32) for p in (first, up)]
+    sizes = [c.shape[1] for c in codes]
     warps = 2 if rows == 1 else 1
+    together = 16 * warps if words is None else _WORD  # a word's second half is there, too
     ahead = [min(_WORDS_AHEAD if gate is not None else 256, triton.cdiv(size, 16) * 16) for size in sizes]
-    score_bits[(triton.cdiv(num, 16 * warps), triton.cdiv(rows, _ROWS))](
-        scratch.digits.view(torch.int32), scratch.facts, words[0], first.scale, first.bias, words[1], up.scale, up.bias,
+    score_bits[(triton.cdiv(num, together) * (together // (16 * warps)), triton.cdiv(rows, _ROWS))](
+        scratch.digits.view(torch.int32), scratch.facts, codes[0], first.scale, first.bias, codes[1], up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
-        threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1],
-        WIDTH=sketch.width // 4, WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act],
-        GATED=gate is not None, SCORED=scores is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0],
-        num_warps=warps, **chained(mask),
+        mask if words is None else words.view(torch.int32), mask if given is None else given, threshold, first.noise,
+        up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1], WIDTH=sketch.width // 4,
+        WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None,
+        WORDS=words is not None, GIVEN=given is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0], num_warps=warps,
+        **chained(mask),
     )  # fmt: skip
 
 
