@@ -359,7 +359,7 @@ def make_digits(
         digits_in_bits[(triton.cdiv(width, BYTES) + 1, rows)](
             x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
             scratch.facts, h, eps, D=hidden, W=_COLUMNS_AT_ONCE, T=triton.cdiv(hidden, _COLUMNS_AT_ONCE), WIDTH=width,
-            num_warps=4, **chained(x),
+            num_warps=4, **chained(x, early=True),
         )  # fmt: skip
         return
     _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
@@ -404,7 +404,7 @@ def _score_bits(
         up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1], WIDTH=sketch.width // 4,
         WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None,
         WORDS=words is not None, GIVEN=given is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0], num_warps=warps,
-        **chained(mask),
+        **chained(mask, early=words is not None),
     )  # fmt: skip
 
 

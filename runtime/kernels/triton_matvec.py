@@ -108,7 +108,7 @@ def _matvec_of_one(
     matvec_of_one[(triton.cdiv(num, together),)](
         x, x if norm is None else norm, weight, x if bias is None else bias, out, num, eps, D=hidden, N=together,
         W=_WIDE, T=triton.cdiv(hidden, _WIDE), WARPS=_WARPS, NORMED=norm is not None, BIASED=bias is not None,
-        ADDED=added, num_warps=_WARPS, **chained(x),
+        ADDED=added, num_warps=_WARPS, **chained(x, early=True),
     )  # fmt: skip
 
 

@@ -667,11 +667,11 @@ def add_scored(
         SCALED=layout.dtype is BundleDtype.INT8, GATE_AT=at.get("gate", 0), UP_AT=at["up"], DOWN_AT=at["down"],
         GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"], DOWN_SCALE=scale["down"], TYPE=_TYPES[layout.dtype],
         ALIGN=math.gcd(layout.stride, *at.values(), 16), D=hidden, N=_SHARE, W=wide, T=triton.cdiv(hidden, wide),
-        WARPS=_WARPS, VEC=min(8, wide // (32 * _WARPS)), num_warps=_WARPS, **chained(x),
+        WARPS=_WARPS, VEC=min(8, wide // (32 * _WARPS)), num_warps=_WARPS, **chained(x, early=True),
     )  # fmt: skip
     _reduce[(triton.cdiv(hidden, 16) + 1,)](
         scratch.partial, out, found, counters, hidden, P=programs, N=triton.next_power_of_2(programs), W=16, FOUND=True,
-        COUNTED=active_at is not None, num_warps=8, **chained(x),
+        COUNTED=active_at is not None, num_warps=8, **chained(x, early=True),
     )  # fmt: skip
 
 
