@@ -40,8 +40,9 @@ from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_inputs import FIELDS, inputs
-from runtime.kernels.triton_masks import DeviceSketch, Digits, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
+from runtime.kernels.triton_neurons import Records, Scratch, add_scored, scores_itself
 from runtime.sketches import InputStatistics, make_plane_sketch
 
 HIDDEN, NEURONS = 576, 192  # SmolLM2's rows; few neurons, whose number is no constant
@@ -78,6 +79,10 @@ def cases() -> Iterator[Case]:
     for dtype in BundleDtype:
         for gated in (True, False):
             yield f"a whole layer {dtype.value} {'gated' * gated}", whole(dtype, gated)
+    for dtype in BundleDtype:
+        for gated in (True, False):
+            yield f"scored neurons {dtype.value} {'gated' * gated}", scored(dtype, gated, given=False)
+    yield "scored neurons of the trace", scored(BundleDtype.BF16, False, True, 18432, 2560)
     yield "neurons by address", neurons(BundleDtype.BF16, True, "silu", 1, by_address=True)
     for rows in (1, 16):
         for gated, act in ((True, "silu"), (True, "relu2"), (False, "relu2")):
@@ -139,6 +144,32 @@ class AllMasks:
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: object = None) -> torch.Tensor:
         return self._mask
+
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None:
+        return None
+
+
+def scored(
+    dtype: BundleDtype, gated: bool, given: bool, neurons: int = NEURONS, hidden: int = HIDDEN
+) -> Callable[[], None]:
+    """One row, all records in slots, and no list. given: a trace says what is wanted."""
+
+    def call() -> None:
+        triton_launch.BITS = True
+        layout = BundleLayout.make(hidden, gated, dtype)
+        slab = torch.zeros(neurons, layout.stride, dtype=torch.uint8)
+        records = Records(slab, slab, torch.arange(neurons, dtype=torch.int32), layout, resident=True)
+        scratch, x = Scratch.make(1, neurons, hidden, CPU), torch.zeros(1, hidden)
+        there = DeviceSketch(random_sketch(np.random.default_rng(0), hidden, neurons, 1.7, gated, "relu2"), CPU)
+        mask = torch.zeros(1, neurons, dtype=torch.uint8)
+        scoring = Scoring(there, 0.5, Digits.make(1, there.width, CPU), mask, mask if given else None)
+        counters, live = torch.zeros(8, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        least = torch.zeros(neurons) if not given else None
+        if not scores_itself(x, records):
+            raise AssertionError("this is not how such a layer is scored")
+        add_scored(x, scoring, records, "relu2", least, x, scratch, counters, live)
+
+    return call
 
 
 def norm_of(hidden: int) -> Norm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
 from runtime.gpu_tiers import TieredFFN
 from runtime.kernels.triton_launch import after_others, chained
-from runtime.kernels.triton_masks import DeviceSketch, Trail
+from runtime.kernels.triton_masks import DeviceSketch, Scoring, Trail
 from runtime.kernels.triton_neurons import DOWN_HITS, DOWN_MISSES, FETCHED, FETCHED_HITS, HITS, LOOKUPS, SWAPPED
 from runtime.kv_cache import KVCache
 
@@ -102,6 +103,15 @@ class TraceMasks:
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None) -> torch.Tensor:
         self._inner.of(layer, x, norm, h, trail)
+        return self._given(layer, x)
+
+    def scoring(
+        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
+    ) -> Scoring | None:
+        scoring = self._inner.scoring(layer, x, norm, h, trail)
+        return None if scoring is None else replace(scoring, given=self._given(layer, x))
+
+    def _given(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         if layer == 0:
             torch.remainder(self._token + self._first, self._own.num_tokens, out=self._places)
             for sets in filter(None, (self._own, self._guessed)):
@@ -128,6 +138,11 @@ class _SureMasks:
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None) -> torch.Tensor:
         self._inner.of(layer, x, norm, h)
         return self._masks[layer]
+
+    def scoring(
+        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
+    ) -> Scoring | None:
+        return None
 
 
 class ProductTraced:

@@ -19,13 +19,14 @@ from runtime.ffn import record_matrix
 from runtime.gpu_ahead import Ahead
 from runtime.gpu_masks import Masks, Norm
 from runtime.gpu_slots import GpuSlots
-from runtime.kernels.triton_neurons import Scratch, add_ffn, add_whole
+from runtime.kernels.triton_masks import Scoring
+from runtime.kernels.triton_neurons import Scratch, add_ffn, add_scored, add_whole, scores_itself
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What rows of a step want of a layer. x fp32 [B, D]: the residual, h: x normed, until the next layer asks; mask
-    uint8 [B, F], None: all neurons; live int64 [B]: zero for padding."""
+    uint8 [B, F], None: all neurons, or those that `scoring` finds; live int64 [B]: zero for padding."""
 
     layer: int
     x: torch.Tensor
@@ -33,6 +34,7 @@ class Wanted:
     mask: torch.Tensor | None
     live: torch.Tensor
     norm: Norm
+    scoring: Scoring | None = None
 
 
 class GpuFFN:
@@ -79,15 +81,17 @@ class GpuFFN:
 
     def ask(self, layer: int, x: torch.Tensor, norm: Norm, live: torch.Tensor, following: Norm | None = None) -> Wanted:
         """The first half of `decode`. following: the norm in front of the next layer's FFN, where it comes next."""
-        h, mask, rows = self._h[: x.shape[0]], None, x.shape[0]
+        h, mask, scoring = self._h[: x.shape[0]], None, None
         if self.masks is not None:
-            trail = None if self._ahead is None else self._ahead.trail(layer, rows)
-            mask = self.masks.of(layer, x, norm, h, trail)
+            trail = None if self._ahead is None else self._ahead.trail(layer, x.shape[0])
+            if not self.visited and scores_itself(x, self._records[layer]):
+                scoring = self.masks.scoring(layer, x, norm, h, trail)
+            mask = self.masks.of(layer, x, norm, h, trail) if scoring is None else None
             if self._ahead is not None and trail is not None and following is not None:
                 self._ahead.guess(layer + 1, trail, following, live)
         elif not self._alone(layer, x):
             norm.of(x, h)
-        return Wanted(layer, x, h, mask, live, norm)
+        return Wanted(layer, x, h, mask, live, norm, scoring)
 
     def visit(self, wanted: Wanted) -> None:
         """What the host does between both halves where `visited`: here nothing, so that one graph holds a step."""
@@ -103,6 +107,12 @@ class GpuFFN:
             )  # fmt: skip
             return
         active_at = None if self._active_at is None else self._active_at[layer]
+        if wanted.scoring is not None:
+            add_scored(
+                wanted.h, wanted.scoring, self._records[layer], self._name, active_at, wanted.x, self._scratch,
+                self.slots.counters, wanted.live,
+            )  # fmt: skip
+            return
         early = None if self._ahead is None else self._ahead.come(layer, wanted.x.shape[0])
         add_ffn(
             wanted.h, early or self._records[layer], self._name, wanted.mask, active_at, wanted.x, self._scratch,

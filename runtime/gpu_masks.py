@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from runtime.kernels.triton_gates import gate_masks
-from runtime.kernels.triton_masks import DeviceSketch, Digits, Trail, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, Trail, make_digits, plane_masks
 from runtime.kernels.triton_matvec import norm_rows
 
 
@@ -31,7 +31,9 @@ class Norm:
 class Masks(Protocol):
     """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
     [B, F], or None: the whole layer, as num_whole of them are; the tensor is the caller's until the next call, and h
-    gets x normed. trail: see `plane_masks`; only where the masks can be `sure`, and layers have a sketch."""
+    gets x normed. trail: see `plane_masks`; only where the masks can be `sure`, and layers have a sketch. scoring, of x
+    fp32 [1, D]: what it takes to say it where the neurons are added up, h and the trail as well; None, and nothing is
+    done: that is no way to say it."""
 
     name: str
     num_bytes: int
@@ -40,6 +42,10 @@ class Masks(Protocol):
     def of(
         self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
     ) -> torch.Tensor | None: ...
+
+    def scoring(
+        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
+    ) -> Scoring | None: ...
 
 
 class PlaneMasks:
@@ -80,6 +86,15 @@ class PlaneMasks:
         plane_masks(x, norm.weight, norm.eps, sketch, self._thresholds[layer], self._digits, h, mask, None, trail)
         return mask
 
+    def scoring(
+        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
+    ) -> Scoring | None:
+        sketch = self._sketches[layer]
+        if sketch is None:
+            return None
+        make_digits(x, norm.weight, norm.eps, sketch, self._digits, h, bits=True, trail=trail)
+        return Scoring(sketch, self._thresholds[layer], self._digits, self._mask[:1])
+
 
 class GateMasks:
     """As `runtime.predictor.ResidentGatePredictor`. gates: per layer [F, D] on the device."""
@@ -97,3 +112,8 @@ class GateMasks:
         mask = self._mask[: x.shape[0]]
         gate_masks(h, self._gates[layer], mask)
         return mask
+
+    def scoring(
+        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
+    ) -> Scoring | None:
+        return None

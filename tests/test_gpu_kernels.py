@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels import random_sketch
 from cache.bundle import BundleDtype, BundleLayout, pack_records
 from runtime.kernels.reference import ReferenceKernels
 from runtime.model import apply_rope, rms_norm
-from runtime.sketches import InputStatistics, make_plane_sketch
+from runtime.sketches import InputStatistics, PlaneSketch, make_plane_sketch
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_inputs import FIELDS, inputs
-from runtime.kernels.triton_masks import DeviceSketch, Digits, make_digits, plane_masks
+from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, make_digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.kernels.triton_neurons import (
     ACTIVE,
@@ -34,13 +35,15 @@ from runtime.kernels.triton_neurons import (
     Records,
     Scratch,
     add_ffn,
+    add_scored,
     add_whole,
+    scores_itself,
 )
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN, NEURONS, SLOTS = 24, 150, 40
-WAYS = (False, True) if DEVICE.type == "cuda" else (False,)  # of scoring: by digits, by products of bits
+WAYS = (False, True) if DEVICE.type == "cuda" else (False,)  # off and on: what only a GPU has beside the kernels here
 
 
 def put(array: np.ndarray) -> torch.Tensor:
@@ -239,11 +242,72 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int, monkey
             np.testing.assert_allclose(scores.cpu().numpy(), wanted[:num], rtol=1e-4, atol=1e-5 * wanted.max())
             np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted[:num] >= threshold)
             assert (mask[:, :num_pinned] == 7).all()
-            torch.testing.assert_close(first.setdefault(num, scores), scores, rtol=1e-6, atol=0)
+            other = first.setdefault(num, scores)  # its sums over the whole row are made in another order
+            torch.testing.assert_close(other, scores, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
-def test_bits_are_those_of_the_digits() -> None:
-    rng, rows, hidden = np.random.default_rng(10), 2, 50
+SCORED = [(dtype, *shape) for dtype in BundleDtype for shape in ((HIDDEN, 150, 0), (576, 1536, 40))]
+SCORED += [(BundleDtype.BF16, 2560, 13000, 0), (BundleDtype.BF16, 4096, 6500, 7)]
+
+
+@pytest.mark.skipif(WAYS == (False,), reason="products of bits are for GPUs that are quick at them")
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("dtype", "hidden", "num", "num_pinned"), SCORED)
+def test_neurons_that_are_scored_where_they_are_added_up(
+    dtype: BundleDtype, hidden: int, num: int, num_pinned: int, gated: bool
+) -> None:
+    torch.manual_seed(11)
+    rng, layout = np.random.default_rng(11), BundleLayout.make(hidden, gated, dtype)
+    vectors = {v.name: (torch.randn(num, hidden) * hidden**-0.5).numpy() for v in layout.vectors}
+    slab = put(np.concatenate([np.full((3, layout.stride), 255, np.uint8), pack_records(layout, vectors)]))
+    records = Records(slab, slab, torch.arange(3, 3 + num, dtype=torch.int32, device=DEVICE), layout, resident=True)
+    made, neurons = random_sketch(rng, hidden, num - num_pinned, 1.7, gated), np.arange(num_pinned, num)
+    there = DeviceSketch(PlaneSketch("relu2", made.gate, made.up, num, made.down_norm, neurons), DEVICE)
+    x, norm = torch.randn(1, hidden).to(DEVICE), torch.rand(hidden, device=DEVICE) + 0.5
+    scratch, digits = Scratch.make(1, num, hidden, DEVICE), Digits.make(1, there.width, DEVICE)
+    mask, scores = torch.ones(1, num, dtype=torch.uint8, device=DEVICE), torch.zeros(1, num - num_pinned, device=DEVICE)
+    h, least, used = torch.empty_like(x), torch.full((num,), 0.02, device=DEVICE), torch.zeros_like(records.table)
+    plane_masks(x, norm, 1e-5, there, 0.0, digits, h, mask, scores)
+    some, given = float(scores.quantile(0.8)), (torch.rand(1, num, device=DEVICE) < 0.1).to(torch.uint8)
+    given[:, :num_pinned] = 1
+    assert scores_itself(x, records)
+    for threshold, told, live in (
+        (some, None, 1),
+        (torch.inf, None, 1),
+        (-1.0, None, 1),
+        (some, given, 1),
+        (-1.0, None, 0),
+    ):
+        plane_masks(x, norm, 1e-5, there, threshold, digits, h, mask)
+        outs, counters = [x.clone() for _ in range(2)], torch.zeros(2, NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
+        alive, wanted = torch.tensor([live], device=DEVICE), mask if told is None else told
+        own = torch.ones_like(mask)
+        scoring = Scoring(there, threshold, digits, own, told)
+        add_scored(h, scoring, records, "relu2", least, outs[0], scratch, counters[0], alive)
+        assert torch.equal(own, mask)
+        add_ffn(h, records, "relu2", wanted, least, outs[1], scratch, used, counters[1], alive)
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+        assert counters[0].tolist() == counters[1].tolist()
+
+
+def test_records_that_shared_memory_does_not_hold_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.kernels.triton_neurons.by_bits", lambda x: True)
+    monkeypatch.setattr("runtime.kernels.triton_neurons.laid_out", lambda x: True)
+
+    def scored(hidden: int, gated: bool, dtype: BundleDtype, rows: int = 1, resident: bool = True) -> bool:
+        layout, none = BundleLayout.make(hidden, gated, dtype), torch.empty(0)
+        return scores_itself(torch.empty(rows, hidden), Records(none, none, none, layout, resident))
+
+    assert scored(4096, True, BundleDtype.BF16) and scored(4096, False, BundleDtype.FP32)
+    assert not scored(4096, True, BundleDtype.FP32) and not scored(4104, False, BundleDtype.BF16)
+    assert not scored(64, True, BundleDtype.BF16, rows=2) and not scored(64, True, BundleDtype.BF16, resident=False)
+
+
+@pytest.mark.parametrize("laid_out", WAYS)
+@pytest.mark.parametrize("hidden", [50, 720])
+def test_bits_are_those_of_the_digits(hidden: int, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "LAID_OUT", laid_out)
+    rng, rows = np.random.default_rng(10), 2
     gate, up, down = (rng.standard_normal((9, hidden)).astype(np.float32) for _ in range(3))
     statistics = InputStatistics.of(rng.standard_normal((200, hidden)).astype(np.float32))
     there = DeviceSketch(make_plane_sketch("relu", gate, up, down, statistics, 1.69), DEVICE)
@@ -277,18 +341,24 @@ def test_gate_masks() -> None:
         assert torch.equal(mask == 1, wanted)
 
 
+@pytest.mark.parametrize("laid_out", WAYS)
+@pytest.mark.parametrize("hidden", [300, 2560] if DEVICE.type == "cuda" else [300])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_times_few_rows(dtype: torch.dtype, rows: int) -> None:
+def test_matrices_times_few_rows(
+    dtype: torch.dtype, rows: int, hidden: int, laid_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launch, "LAID_OUT", laid_out)
     torch.manual_seed(6)
-    x, weight, norm, bias = torch.randn(rows, 300), torch.randn(70, 300).to(dtype), torch.rand(300), torch.randn(70)
+    x, weight = torch.randn(rows, hidden), torch.randn(70, hidden).to(dtype)
+    norm, bias = torch.rand(hidden), torch.randn(70)
     given = [t.to(DEVICE) for t in (x, weight, norm, bias)]
     out = torch.ones(rows, 70, device=DEVICE)
     matvec(given[0], given[1], out, given[2], 1e-5, given[3], added=True)
     wanted = rms_norm(x, norm, 1e-5) @ weight.float().T + bias + 1
-    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=2e-4)
     matvec(given[0], given[1], out)
-    torch.testing.assert_close(out.cpu(), x @ weight.float().T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.cpu(), x @ weight.float().T, rtol=1e-4, atol=2e-4)
     normed = torch.empty_like(given[0])
     norm_rows(given[0], given[2], 1e-5, normed)
     torch.testing.assert_close(normed.cpu(), rms_norm(x, norm, 1e-5), rtol=1e-5, atol=1e-6)

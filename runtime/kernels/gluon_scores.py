@@ -12,8 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from runtime.kernels.triton_act import activated
 from runtime.kernels.triton_launch import after_others
+from runtime.kernels.triton_score import scored
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -92,44 +92,36 @@ def _number(sums, i: gl.constexpr, column, HIGH: gl.constexpr):  # type: ignore[
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def _squared(z, ACT: gl.constexpr):  # type: ignore[no-untyped-def]
-    a = activated(z, ACT)
-    return a * a
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
 def _stored(  # type: ignore[no-untyped-def]
     ids, gate, up, unit, gate_sum, up_sum, gate_scale, gate_bias, up_scale, up_bias, norm, scores, mask, threshold,
     gate_noise, up_noise, num, first, num_neurons, row, rows, ACT: gl.constexpr, GATED: gl.constexpr,
     SCORED: gl.constexpr,
 ):  # fmt: skip
-    """The scores of half a program's neurons, as `triton_masks._masks` makes them."""
+    """The scores of half a program's neurons, as `triton_masks._masks` makes them; which of them are wanted."""
     up = unit * up - up_sum + up_bias
     if GATED:
-        centre, scale, noise = unit * gate - gate_sum + gate_bias, gate_scale, gate_noise
-        size = gl.sqrt(up * up + up_noise * up_noise) * up_scale
-    else:
-        centre, scale, noise, size = up, up_scale, up_noise, norm
-    spread = 1.7320508075688772 * noise
-    square = 0.6666666666666666 * _squared(centre * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
-    square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
-    score = gl.sqrt(square) * size
+        gate = unit * gate - gate_sum + gate_bias
+    score = scored(gate, up, gate_scale, up_scale, norm, gate_noise, up_noise, ACT, GATED)
     there = (ids < num) & (row < rows)
     if SCORED:
         gl.store(scores + row * num + ids, score, mask=there)
-    gl.store(mask + row * num_neurons + first + ids, (score >= threshold).to(gl.uint8), mask=there)
+    wanted = score >= threshold
+    gl.store(mask + row * num_neurons + first + ids, wanted.to(gl.uint8), mask=there)
+    return wanted & there
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def score_bits(  # type: ignore[no-untyped-def]
-    planes, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
-    gate_noise, up_noise, num, first, num_neurons, rows, GATE: gl.constexpr, UP: gl.constexpr, WIDTH: gl.constexpr,
-    WARPS: gl.constexpr, ROWS: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, SCORED: gl.constexpr,
-    UP_AHEAD: gl.constexpr, GATE_AHEAD: gl.constexpr, CHAINED: gl.constexpr,
+    planes, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, words, given,
+    threshold, gate_noise, up_noise, num, first, num_neurons, rows, GATE: gl.constexpr, UP: gl.constexpr,
+    WIDTH: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr,
+    SCORED: gl.constexpr, WORDS: gl.constexpr, GIVEN: gl.constexpr, UP_AHEAD: gl.constexpr, GATE_AHEAD: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Of sixteen neurons a warp, and a group of ROWS rows: planes int32 [B, 24, WIDTH] (the lowest digit's first),
-    codes int32 [K, UP], and [K, GATE] of the gate, whose planes come first; everything else as of `_masks`."""
+    codes int32 [K, UP], and [K, GATE] of the gate, whose planes come first; everything else as of `_masks`. WORDS, of
+    one row and two warps: words int32, bit j of word i says whether neuron 32 i + j is wanted, or, where GIVEN, whether
+    uint8 given [F] says so."""
     L: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     half: gl.constexpr = 8 * WARPS
     of_lane = gl.arange(0, half, gl.SliceLayout(1, L))
@@ -153,6 +145,7 @@ def score_bits(  # type: ignore[no-untyped-def]
     else:
         low_norm, high_norm = gl.load(norm + low_from), gl.load(norm + high_from)
     after_others(CHAINED)
+    low_wanted, high_wanted = low_ids < num, high_ids < num
     own = planes + group * (4 * 24 * WIDTH)
     plane = of_lane % 8
     up_sums = _products(
@@ -170,13 +163,19 @@ def score_bits(  # type: ignore[no-untyped-def]
         up_sum = gl.load(facts + row * 3 + 2)
         if not GATED:
             up_sum = gate_sum
-        _stored(
+        low_wanted = _stored(
             low_ids, _number(gate_sums, i, column, False), _number(up_sums, i, column, False), unit, gate_sum, up_sum,
             low_gate_scale, low_gate_bias, low_scale, low_bias, low_norm, scores, mask, threshold, gate_noise, up_noise,
             num, first, num_neurons, row, rows, ACT, GATED, SCORED,
         )  # fmt: skip
-        _stored(
+        high_wanted = _stored(
             high_ids, _number(gate_sums, i, column, True), _number(up_sums, i, column, True), unit, gate_sum, up_sum,
             high_gate_scale, high_gate_bias, high_scale, high_bias, high_norm, scores, mask, threshold, gate_noise,
             up_noise, num, first, num_neurons, row, rows, ACT, GATED, SCORED,
         )  # fmt: skip
+    if WORDS:
+        if GIVEN:
+            low_wanted = gl.load(given + first + low_ids, mask=low_ids < num, other=0) != 0
+            high_wanted = gl.load(given + first + high_ids, mask=high_ids < num, other=0) != 0
+        bits = (low_wanted.to(gl.int32) << of_lane) | (high_wanted.to(gl.int32) << (of_lane + half))
+        gl.store(words + gl.program_id(0), gl.sum(bits, 0))

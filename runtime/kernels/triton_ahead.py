@@ -117,8 +117,8 @@ def _fetch(  # type: ignore[no-untyped-def]
         i += 1
         now = _looked(at)
     if i > own:
-        tl.atomic_add(fates, i - own)
-        tl.atomic_add(counted, (i - own).to(tl.int64))
+        tl.atomic_add(fates, i - own, sem="relaxed")
+        tl.atomic_add(counted, (i - own).to(tl.int64), sem="relaxed")
 
 
 def fetch(

@@ -170,5 +170,6 @@ def attend(
     num = splits(out.device)
     _attend[(rows, heads, num)](
         qkv, cos, sin, positions, slots, keys, values, tables, scratch.parts, scratch.arrived, out, tables.shape[1],
-        page, heads, kv_heads, size, scale, S=num, T=_TOKENS, HALF=triton.next_power_of_2(size // 2), **chained(out),
+        page, heads, kv_heads, size, scale, S=num, T=_TOKENS, HALF=triton.next_power_of_2(size // 2),
+        **chained(out, early=rows == 1),
     )  # fmt: skip

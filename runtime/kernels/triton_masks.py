@@ -17,13 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton_act import ACTS, activated
-from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled
+from runtime.kernels.triton_act import ACTS
+from runtime.kernels.triton_launch import after_others, by_bits, chained, compiled, laid_out
+from runtime.kernels.triton_score import scored
 from runtime.sketches import PlaneMatrix, PlaneSketch
 
 _BYTES = 128  # of a row of codes at once
 _NEURONS, _AHEAD = 64, 3  # of a program; tiles of their codes under way beside the one that is multiplied
 _DIGIT_BYTES = 16  # whose planes a program writes in digits
+_COLUMNS_AT_ONCE = 512  # of a row whose digits are made in bits
+_WORD = 64  # neurons of a word of bits
 _WORDS_AHEAD = 64  # of a gated row, that a program which counts bits has under way early
 PLACES = 1 << 16  # that the decoder can be at within a layer
 ROW_ALIGN = 16  # bytes of codes that a lane loads at once
@@ -139,6 +142,18 @@ class Trail:
     x: torch.Tensor
     at: torch.Tensor
     layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What it takes to score one row's neurons: its digits, in bits; mask uint8 [1, F] gets what is wanted. given, of
+    that shape: what is taken for it, whatever the scores say, which are made all the same."""
+
+    sketch: DeviceSketch
+    threshold: float
+    digits: Digits
+    mask: torch.Tensor
+    given: torch.Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["begun"])  # type: ignore[untyped-decorator]
@@ -266,13 +281,6 @@ def _put_together(sums, row: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _squared(z, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """act(z)^2."""
-    a = activated(z, ACT)
-    return a * a
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _masks(  # type: ignore[no-untyped-def]
     digits, facts, gate_codes, gate_scale, gate_bias, up_codes, up_scale, up_bias, norm, scores, mask, threshold,
     gate_noise, up_noise, num, first, num_neurons, rows, gate_bytes: tl.constexpr, up_bytes: tl.constexpr,
@@ -289,6 +297,7 @@ def _masks(  # type: ignore[no-untyped-def]
         tl.load(up_scale + ids, mask=there, other=0.0),
         tl.load(up_bias + ids, mask=there, other=0.0),
     )
+    own_scale, own_bias, own_norm = own_up_scale, own_up_bias, own_up_scale
     if GATED:
         own_scale, own_bias = (
             tl.load(gate_scale + ids, mask=there, other=0.0),
@@ -311,18 +320,11 @@ def _masks(  # type: ignore[no-untyped-def]
         unit = 2.0 * tl.load(facts + row * 3)
         up = unit * _put_together(up_sums, i) - tl.load(facts + row * 3 + (2 if GATED else 1))
         up += own_up_bias
+        gate = up
         if GATED:
-            centre = unit * _put_together(gate_sums, i) - tl.load(facts + row * 3 + 1)
-            centre += own_bias
-            scale, noise = own_scale, gate_noise
-            size = tl.sqrt(up * up + up_noise * up_noise) * own_up_scale
-        else:
-            centre, scale, noise, size = up, own_up_scale, up_noise, own_norm
-        spread = 1.7320508075688772 * noise
-        square = 0.6666666666666666 * _squared(centre * scale, ACT)
-        square += 0.16666666666666666 * _squared((centre - spread) * scale, ACT)
-        square += 0.16666666666666666 * _squared((centre + spread) * scale, ACT)
-        score = tl.sqrt(square) * size
+            gate = unit * _put_together(gate_sums, i) - tl.load(facts + row * 3 + 1)
+            gate += own_bias
+        score = scored(gate, up, own_scale, own_up_scale, own_norm, gate_noise, up_noise, ACT, GATED)
         stored = there & (row < rows)
         if SCORED:
             tl.store(scores + row * num + ids, score, mask=stored)
@@ -376,12 +378,29 @@ def make_digits(
     """What the vectors' side of the products is, as digits or as their bits; see `plane_masks`."""
     (rows, hidden), width, up = x.shape, sketch.width, sketch.up
     first = up if sketch.gate is None else sketch.gate
+    left = (h, h, 0) if trail is None else (trail.x, trail.at, trail.layer * PLACES)
+    if bits and laid_out(x):
+        from runtime.kernels.gluon_digits import BYTES, digits_in_bits
+
+        digits_in_bits[(triton.cdiv(width, BYTES) + 1, rows)](
+            x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
+            scratch.facts, h, *left, eps, D=hidden, W=_COLUMNS_AT_ONCE, T=triton.cdiv(hidden, _COLUMNS_AT_ONCE),
+            WIDTH=width, TRAIL=trail is not None, num_warps=4, **chained(x, early=True),
+        )  # fmt: skip
+        return
     _digits[(triton.cdiv(width, _DIGIT_BYTES), rows)](
         x, norm, sketch.dimension, sketch.coefficient, sketch.largest, first.whole, up.whole, scratch.digits,
-        scratch.facts, h, h if trail is None else trail.x, h if trail is None else trail.at,
-        0 if trail is None else trail.layer * PLACES, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width,
+        scratch.facts, h, *left, eps, D=hidden, WIDE=triton.next_power_of_2(hidden), WIDTH=width,
         C=_DIGIT_BYTES, PLANES=bits, TRAIL=trail is not None, **chained(x),
     )  # fmt: skip
+
+
+def bits_of_wanted(scoring: Scoring, words: torch.Tensor) -> int:
+    """The second half of `plane_masks` of a row; words int64: bit j of word i gets whether neuron 64 i + j of those
+    that have a sketch is wanted. How many words that are."""
+    num: int = scoring.sketch.up.codes.shape[0]
+    _score_bits(scoring.sketch, scoring.threshold, scoring.digits, scoring.mask, None, 1, words, scoring.given)
+    return -(-num // _WORD)
 
 
 def _score_bits(
@@ -391,23 +410,27 @@ def _score_bits(
     mask: torch.Tensor,
     scores: torch.Tensor | None,
     rows: int,
+    words: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
 ) -> None:
-    """The second half of `plane_masks` by products of bits."""
+    """The second half of `plane_masks` by products of bits; words and given as of `Scoring`."""
     from runtime.kernels.gluon_scores import score_bits
 
     up, gate, num = sketch.up, sketch.gate, sketch.up.codes.shape[0]
     first = up if gate is None else gate
-    words = [p.codes.view(torch.int32) for p in (first, up)]
-    sizes = [w.shape[1] for w in words]
+    codes = [p.codes.view(torch.int32) for p in (first, up)]
+    sizes = [c.shape[1] for c in codes]
     warps = 2 if rows == 1 else 1
+    together = 16 * warps if words is None else _WORD  # a word's second half is there, too
     ahead = [min(_WORDS_AHEAD if gate is not None else 256, triton.cdiv(size, 16) * 16) for size in sizes]
-    score_bits[(triton.cdiv(num, 16 * warps), triton.cdiv(rows, _ROWS))](
-        scratch.digits.view(torch.int32), scratch.facts, words[0], first.scale, first.bias, words[1], up.scale, up.bias,
+    score_bits[(triton.cdiv(num, together) * (together // (16 * warps)), triton.cdiv(rows, _ROWS))](
+        scratch.digits.view(torch.int32), scratch.facts, codes[0], first.scale, first.bias, codes[1], up.scale, up.bias,
         up.scale if sketch.down_norm is None else sketch.down_norm, up.scale if scores is None else scores, mask,
-        threshold, first.noise, up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1],
-        WIDTH=sketch.width // 4, WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act],
-        GATED=gate is not None, SCORED=scores is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0],
-        num_warps=warps, **chained(mask),
+        mask if words is None else words.view(torch.int32), mask if given is None else given, threshold, first.noise,
+        up.noise, num, sketch.first, sketch.num_neurons, rows, GATE=sizes[0], UP=sizes[1], WIDTH=sketch.width // 4,
+        WARPS=warps, ROWS=min(rows, _ROWS), ACT=ACTS[sketch.act], GATED=gate is not None, SCORED=scores is not None,
+        WORDS=words is not None, GIVEN=given is not None, UP_AHEAD=ahead[1], GATE_AHEAD=ahead[0], num_warps=warps,
+        **chained(mask, early=words is not None),
     )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton_launch import after_others, chained
+from runtime.kernels.triton_launch import after_others, chained, laid_out
 
 MOST_ROWS = 4  # more are faster as a matrix product
 _TILES = (1024, 512, 256)  # inputs at once
+_OUTPUTS, _FETCHED, _WARPS, _WIDE = 16, 98304, 8, 512  # of a program for one row; bytes of the matrix it has under way
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -77,12 +78,37 @@ def matvec(
     norm fp32 [D]: of an RMS norm that x passes through first. Nothing is rounded between: sums are fp32.
     """
     (num, hidden), rows = weight.shape, x.shape[0]
+    if rows == 1 and laid_out(x):
+        _matvec_of_one(x, weight, out, norm, eps, bias, added)
+        return
     wide = min(_TILES, key=lambda w: (triton.cdiv(hidden, w) * w, -w))
     together = max(1, 4 // rows)
     _matvec[(triton.cdiv(num, together),)](
         x, x if norm is None else norm, weight, x if bias is None else bias, out, num, eps, D=hidden, B=rows,
         N=together, W=wide, T=triton.cdiv(hidden, wide), NORMED=norm is not None, BIASED=bias is not None, ADDED=added,
         **chained(x),
+    )  # fmt: skip
+
+
+def _matvec_of_one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    added: bool,
+) -> None:
+    """As `matvec`."""
+    from runtime.kernels.gluon_matvec import matvec_of_one
+
+    (num, hidden), together = weight.shape, _OUTPUTS
+    while together > 1 and together * hidden * weight.element_size() > _FETCHED:
+        together //= 2
+    matvec_of_one[(triton.cdiv(num, together),)](
+        x, x if norm is None else norm, weight, x if bias is None else bias, out, num, eps, D=hidden, N=together,
+        W=_WIDE, T=triton.cdiv(hidden, _WIDE), WARPS=_WARPS, NORMED=norm is not None, BIASED=bias is not None,
+        ADDED=added, num_warps=_WARPS, **chained(x, early=True),
     )  # fmt: skip
 
 

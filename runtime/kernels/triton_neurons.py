@@ -19,13 +19,18 @@ import triton.language as tl
 from cache.bundle import BundleDtype, BundleLayout
 from runtime.kernels.triton_act import ACTS, activated
 from runtime.kernels.triton_ahead import Fetched
-from runtime.kernels.triton_launch import after_others, chained
+from runtime.kernels.triton_launch import after_others, by_bits, chained, laid_out
+from runtime.kernels.triton_masks import Scoring, bits_of_wanted
 
+# Counters are added to "relaxed": nothing is said by them, and a program that orders its other stores before them waits
+# for memory once for each of them.
 LOOKUPS, HITS, DOWN_MISSES, DOWN_HITS, ACTIVE, PREDICTED, SWAPPED, FETCHED, FETCHED_HITS, NUM_COUNTERS = *range(9), 9
 _SUMS, _SUMMED = 128, 256  # programs that sum the output, each its share of the neurons; of these, added up at once
 FEW, LONGEST = 2, 4096  # rows and their width, up to which programs go through neurons that miss one by one
 _PROGRAMS, _WARPS = 396, 4  # of these, three a processor of an H100
 _FACTOR_PROGRAMS = 1056
+_SHARED = 227 << 10  # bytes of shared memory that a program can have
+_SHARES, _SHARE = 264, 8  # programs that find their neurons in bits, two a processor; neurons of these at once
 _WHOLE_ROWS, _WHOLE_AHEAD, _WHOLE_WIDE = 8, 2, 512  # of downs of a whole layer: a tile, how many at once, columns
 _LISTED, _PAST = 512, 32768  # neurons of a program that lists, and of those before that it counts at once
 _FETCHED = 16384  # weights of records that a program has under way, at most
@@ -68,8 +73,9 @@ def few_rows(rows: int, hidden: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Buffers that all layers share. ids int32 [F] and places int64 [F], the addresses of their records; count int32
-    [1]; h fp32 [B F]; partial fp32 [P B D], as `sums` counts."""
+    """Buffers that all layers share. ids int32 [F] and places int64 [F], the addresses of their records (without a
+    list: what programs have found, and words of bits); count int32 [1]; h fp32 [B F]; partial fp32 [P B D], as `sums`
+    counts."""
 
     ids: torch.Tensor
     places: torch.Tensor
@@ -139,9 +145,9 @@ def _list(  # type: ignore[no-untyped-def]
     tl.store(places + k, wide, mask=taken > 0)
     tl.store(used + place, uses + 1, mask=taken > 0)
     resident = (slot >= 0) & (taken > 0)
-    tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64))
-    tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64))
-    tl.atomic_add(counters + 5, predicted)
+    tl.atomic_add(counters + 0, tl.sum(taken).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, tl.sum(resident.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 5, predicted, sem="relaxed")
     if block * BLOCK + BLOCK >= NUM:
         tl.store(count, before + tl.sum(taken))
 
@@ -254,11 +260,11 @@ def _factors(  # type: ignore[no-untyped-def]
         neuron, place = _listed(ids, places, table, slab, home, stride, k, NUM, LISTED)
         tiles = _fetched(place, k < total, UP_AT, D, W, AHEAD_T, TYPE, ALIGN)
     if COUNTED:
-        tl.atomic_add(counters + 4, active)
+        tl.atomic_add(counters + 4, active, sem="relaxed")
     if not LISTED:
-        tl.atomic_add(counters + 1, hits)
+        tl.atomic_add(counters + 1, hits, sem="relaxed")
         if tl.program_id(0) == 0:
-            tl.atomic_add(counters + 0, total.to(tl.int64))
+            tl.atomic_add(counters + 0, total.to(tl.int64), sem="relaxed")
             tl.store(count, total)
 
 
@@ -304,8 +310,8 @@ def _down(  # type: ignore[no-untyped-def]
         factor, place = _survivors(h, places, row, k, NUM)
     tl.store(partial + (program * B + row[:, None]) * D + column[None, :], out, mask=(column < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.atomic_add(counters + 2, misses)
-        tl.atomic_add(counters + 3, hits)
+        tl.atomic_add(counters + 2, misses, sem="relaxed")
+        tl.atomic_add(counters + 3, hits, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -380,10 +386,10 @@ def _whole_down(  # type: ignore[no-untyped-def]
         factors = more
     tl.store(partial + tl.program_id(0) * D + column, out, mask=column < D)
     if tl.program_id(1) == 0:
-        tl.atomic_add(counters + 3, hits)
+        tl.atomic_add(counters + 3, hits, sem="relaxed")
         if (tl.program_id(0) == 0) & alive:
-            tl.atomic_add(counters + 0, NUM)
-            tl.atomic_add(counters + 1, NUM)
+            tl.atomic_add(counters + 0, NUM, sem="relaxed")
+            tl.atomic_add(counters + 1, NUM, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -433,8 +439,8 @@ def _neurons(  # type: ignore[no-untyped-def]
         early = tl.load(fetched + candidate, mask=mine, other=-1)
         came = tl.sum(((early >= 0) & (slot < 0) & (taken > 0)).to(tl.int32))
         slot = tl.where(slot >= 0, slot, early)
-        tl.atomic_add(fates + 1, came)
-        tl.atomic_add(counters + 8, came.to(tl.int64))
+        tl.atomic_add(fates + 1, came, sem="relaxed")
+        tl.atomic_add(counters + 8, came.to(tl.int64), sem="relaxed")
     if INDIRECT:
         elsewhere = tl.load(where + candidate, mask=(taken > 0) & (slot < 0), other=0)
     else:
@@ -444,9 +450,9 @@ def _neurons(  # type: ignore[no-untyped-def]
     tl.store(places + k, tl.where(slot >= 0, slab + slot.to(tl.int64) * stride, elsewhere), mask=taken > 0)
     tl.store(used + candidate, uses + 1, mask=taken > 0)
     total = tl.sum(taken)
-    tl.atomic_add(counters + 0, total.to(tl.int64))
-    tl.atomic_add(counters + 1, tl.sum(((slot >= 0) & (taken > 0)).to(tl.int32)).to(tl.int64))
-    tl.atomic_add(counters + 5, tl.sum(tl.sum(asked, 1), 0).to(tl.int64))
+    tl.atomic_add(counters + 0, total.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, tl.sum(((slot >= 0) & (taken > 0)).to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 5, tl.sum(tl.sum(asked, 1), 0).to(tl.int64), sem="relaxed")
     tl.debug_barrier()
     first, total = own, own + total
     k = first + tl.arange(0, 1)
@@ -497,29 +503,49 @@ def _neurons(  # type: ignore[no-untyped-def]
         sums = more
         neuron, place = following, after
     if TOLD:
-        tl.atomic_add(done, 1)
+        tl.atomic_add(done, 1, sem="relaxed")
     for i in tl.static_range(T):
         column = i * W + tl.arange(0, W)
         at = partial + (tl.program_id(0) * B + row[:, None]) * D + column[None, :]
         tl.store(at, sums[i], mask=(column < D)[None, :] & (row >= 0)[:, None])
-    tl.atomic_add(counters + 2, misses)
-    tl.atomic_add(counters + 3, hits)
+    tl.atomic_add(counters + 2, misses, sem="relaxed")
+    tl.atomic_add(counters + 3, hits, sem="relaxed")
     if COUNTED:
-        tl.atomic_add(counters + 4, active)
+        tl.atomic_add(counters + 4, active, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _reduce(partial, out, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, CHAINED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out [B D] += the sum of partial [P, B D] over programs, in one order, N of them at a time."""
+def _reduce(  # type: ignore[no-untyped-def]
+    partial, out, found, counters, size, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, FOUND: tl.constexpr,
+    COUNTED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """out [B D] += the sum of partial [P, B D] over programs, in one order, N of them at a time. FOUND: one program
+    more counts what they found, int32 [P, 4], in a layer that lies in slots: wanted, of these the survivors, and
+    COUNTED, of these the active ones."""
     place, program = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, N)
     inside = place < size
-    before = tl.load(out + place, mask=inside, other=0.0)
     after_others(CHAINED)
-    sums = tl.zeros([N, W], tl.float32)
-    for first in tl.static_range(0, P, N):
-        both = (first + program < P)[:, None] & inside[None, :]
-        sums += tl.load(partial + (first + program)[:, None] * size + place[None, :], mask=both, other=0.0)
-    tl.store(out + place, before + tl.sum(sums, 0), mask=inside)
+    if FOUND and tl.program_id(0) == tl.num_programs(0) - 1:
+        wanted, survived, active = tl.zeros([N], tl.int32), tl.zeros([N], tl.int32), tl.zeros([N], tl.int32)
+        for first in tl.static_range(0, P, N):
+            own, there = found + (first + program) * 4, first + program < P
+            wanted += tl.load(own, mask=there, other=0)
+            survived += tl.load(own + 1, mask=there, other=0)
+            if COUNTED:
+                active += tl.load(own + 2, mask=there, other=0)
+        num = tl.sum(wanted, 0).to(tl.int64)
+        tl.atomic_add(counters + 0, num, sem="relaxed")
+        tl.atomic_add(counters + 1, num, sem="relaxed")
+        tl.atomic_add(counters + 3, tl.sum(survived, 0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + 5, num, sem="relaxed")
+        if COUNTED:
+            tl.atomic_add(counters + 4, tl.sum(active, 0).to(tl.int64), sem="relaxed")
+    else:
+        before, sums = tl.load(out + place, mask=inside, other=0.0), tl.zeros([N, W], tl.float32)
+        for first in tl.static_range(0, P, N):
+            both = (first + program < P)[:, None] & inside[None, :]
+            sums += tl.load(partial + (first + program)[:, None] * size + place[None, :], mask=both, other=0.0)
+        tl.store(out + place, before + tl.sum(sums, 0), mask=inside)
 
 
 def add_whole(
@@ -633,8 +659,52 @@ def _sum(partial: torch.Tensor, out: torch.Tensor, programs: int) -> None:
     """out [B, D] += what each program has."""
     at_once = min(_SUMMED, triton.next_power_of_2(programs))
     _reduce[(triton.cdiv(out.numel(), 32),)](
-        partial, out, out.numel(), P=programs, N=at_once, W=32, num_warps=8, **chained(out)
-    )
+        partial, out, partial, partial, out.numel(), P=programs, N=at_once, W=32, FOUND=False, COUNTED=False,
+        num_warps=8, **chained(out),
+    )  # fmt: skip
+
+
+def scores_itself(x: torch.Tensor, records: Records) -> bool:
+    """Whether `add_scored` is for x [B, D] and these records, of which a program's share must fit in shared memory."""
+    (rows, hidden), layout = x.shape, records.layout
+    at_once = _SHARE * (2 if layout.gated else 1) * layout.dtype.item_bytes + 4
+    fits = hidden <= LONGEST and triton.cdiv(hidden, _wide(1, hidden)) * _wide(1, hidden) * at_once <= _SHARED
+    return rows == 1 and records.resident and fits and by_bits(x) and laid_out(x)
+
+
+def add_scored(
+    x: torch.Tensor,
+    scoring: Scoring,
+    records: Records,
+    act: str,
+    active_at: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: Scratch,
+    counters: torch.Tensor,
+    live: torch.Tensor,
+) -> None:
+    """As `add_ffn` of the mask that `plane_masks` makes, of one row and a layer whose records all lie in slots, in
+    their order: no list is made. Nobody asks how often such neurons are used, and it isn't counted."""
+    from runtime.kernels.gluon_neurons import wanted_added
+
+    hidden, num, layout, words, found = x.shape[1], records.table.shape[0], records.layout, scratch.places, scratch.ids
+    num_words, wide = bits_of_wanted(scoring, words), _wide(1, hidden)
+    programs = min(_SHARES, triton.cdiv(num, _SHARE))
+    at = {v.name: v.offset for v in layout.vectors}
+    scale = {v.name: v.scale_offset for v in layout.vectors}
+    wanted_added[(programs,)](
+        words, x, live, records.table, scratch.h if active_at is None else active_at, records.slab.data_ptr(),
+        scratch.partial, found, scoring.sketch.first, layout.stride, num_words, NUM=num,
+        M=max(32, triton.next_power_of_2(num_words)), ACT=ACTS[act], GATED=layout.gated, COUNTED=active_at is not None,
+        SCALED=layout.dtype is BundleDtype.INT8, GATE_AT=at.get("gate", 0), UP_AT=at["up"], DOWN_AT=at["down"],
+        GATE_SCALE=scale.get("gate", 0), UP_SCALE=scale["up"], DOWN_SCALE=scale["down"], TYPE=_TYPES[layout.dtype],
+        ALIGN=math.gcd(layout.stride, *at.values(), 16), D=hidden, N=_SHARE, W=wide, T=triton.cdiv(hidden, wide),
+        WARPS=_WARPS, VEC=min(8, wide // (32 * _WARPS)), num_warps=_WARPS, **chained(x, early=True),
+    )  # fmt: skip
+    _reduce[(triton.cdiv(hidden, 16) + 1,)](
+        scratch.partial, out, found, counters, hidden, P=programs, N=triton.next_power_of_2(programs), W=16, FOUND=True,
+        COUNTED=active_at is not None, num_warps=8, **chained(x, early=True),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

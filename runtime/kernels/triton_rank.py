@@ -40,7 +40,7 @@ def _rank(  # type: ignore[no-untyped-def]
     tl.store(table + at, tl.full([WIDE], -1, tl.int32), mask=goes)
     num = tl.sum(comes.to(tl.int32), 0)
     tl.store(moves + layer, num)
-    tl.atomic_add(swapped, num.to(tl.int64))
+    tl.atomic_add(swapped, num.to(tl.int64), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
