@@ -657,10 +657,10 @@ def add_ffn(
 
 def _sum(partial: torch.Tensor, out: torch.Tensor, programs: int) -> None:
     """out [B, D] += what each program has."""
-    at_once = min(_SUMMED, triton.next_power_of_2(programs))
-    _reduce[(triton.cdiv(out.numel(), 32),)](
-        partial, out, partial, partial, out.numel(), P=programs, N=at_once, W=32, FOUND=False, COUNTED=False,
-        num_warps=8, **chained(out),
+    at_once, wide = (_SUMMED, 32) if out.shape[0] > FEW else (2 * _SUMMED, 16)
+    _reduce[(triton.cdiv(out.numel(), wide),)](
+        partial, out, partial, partial, out.numel(), P=programs, N=min(at_once, triton.next_power_of_2(programs)),
+        W=wide, FOUND=False, COUNTED=False, num_warps=8, **chained(out),
     )  # fmt: skip
 
 
