@@ -17,8 +17,9 @@ import numpy as np
 from cache.store import BundleFile
 from runtime.forecast import ReadTerms, mean_reads
 
-# Small kernels that a layer's step comes to beside its bytes: 1.1 ms of 36 layers, 0.49 dense (benchmarks/LOG.md).
-_KERNELS, _KERNELS_DENSE = 35, 15
+# Small kernels that a layer's step comes to beside its bytes: 0.78 ms of 36 layers, 0.36 dense (benchmarks/LOG.md).
+# What reading ahead saves is taken as nothing.
+_KERNELS, _KERNELS_DENSE = 25, 12
 _VISIT_S = 400e-6  # of a layer, of the host's own work between its two halves (benchmarks/LOG.md)
 
 
