@@ -145,7 +145,7 @@ class AllMasks:
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: object = None) -> torch.Tensor:
         return self._mask
 
-    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor) -> Scoring | None:
+    def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: object = None) -> Scoring | None:
         return None
 
 

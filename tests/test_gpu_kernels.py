@@ -250,7 +250,10 @@ SCORED = [(dtype, *shape) for dtype in BundleDtype for shape in ((HIDDEN, 150, 0
 SCORED += [(BundleDtype.BF16, 2560, 13000, 0), (BundleDtype.BF16, 4096, 6500, 7)]
 
 
-@pytest.mark.skipif(WAYS == (False,), reason="products of bits are for GPUs that are quick at them")
+@pytest.mark.skipif(
+    not triton_launch.by_bits(torch.empty(0, device=DEVICE)),
+    reason="products of bits are for GPUs that are quick at them",
+)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("dtype", "hidden", "num", "num_pinned"), SCORED)
 def test_neurons_that_are_scored_where_they_are_added_up(
@@ -290,7 +293,7 @@ def test_neurons_that_are_scored_where_they_are_added_up(
         assert counters[0].tolist() == counters[1].tolist()
 
 
-def test_records_that_shared_memory_does_not_hold_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_shared_memory_cannot_take_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.kernels.triton_neurons.by_bits", lambda x: True)
     monkeypatch.setattr("runtime.kernels.triton_neurons.laid_out", lambda x: True)
 
@@ -300,6 +303,7 @@ def test_records_that_shared_memory_does_not_hold_are_listed(monkeypatch: pytest
 
     assert scored(4096, True, BundleDtype.BF16) and scored(4096, False, BundleDtype.FP32)
     assert not scored(4096, True, BundleDtype.FP32) and not scored(4104, False, BundleDtype.BF16)
+    assert not scored(50, True, BundleDtype.INT8) and not scored(25, False, BundleDtype.BF16)  # copies too short
     assert not scored(64, True, BundleDtype.BF16, rows=2) and not scored(64, True, BundleDtype.BF16, resident=False)
 
 

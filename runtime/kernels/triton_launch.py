@@ -3,7 +3,8 @@
 A kernel that is launched so waits, once it has fetched what nobody writes, for all that came before it. Every kernel of
 a step does so right at its start, so that a kernel may rely on all before it, not only on the last one. Some let the
 next one come before they wait themselves: several in a row may be there at once, and what one of them fetches before
-its wait must not have been written by any kernel of the step.
+its wait must not have been written by any kernel of the step, but the one that takes its inputs: nothing comes before
+that one has ended.
 """
 
 from __future__ import annotations

@@ -665,11 +665,13 @@ def _sum(partial: torch.Tensor, out: torch.Tensor, programs: int) -> None:
 
 
 def scores_itself(x: torch.Tensor, records: Records) -> bool:
-    """Whether `add_scored` is for x [B, D] and these records, of which a program's share must fit in shared memory."""
+    """Whether `add_scored` is for x [B, D] and these records, of which a program's share must fit in shared memory, to
+    which they are copied 4 bytes at once at least."""
     (rows, hidden), layout = x.shape, records.layout
+    at_a_time = math.gcd(layout.stride, hidden * layout.dtype.item_bytes, *(v.offset for v in layout.vectors))
     at_once = _SHARE * (2 if layout.gated else 1) * layout.dtype.item_bytes + 4
     fits = hidden <= LONGEST and triton.cdiv(hidden, _wide(1, hidden)) * _wide(1, hidden) * at_once <= _SHARED
-    return rows == 1 and records.resident and fits and by_bits(x) and laid_out(x)
+    return rows == 1 and records.resident and fits and at_a_time % 8 == 0 and by_bits(x) and laid_out(x)
 
 
 def add_scored(
