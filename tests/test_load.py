@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache.budget import HostMemory, process_bytes
 from cache.bundle import unpack_vector
 from cache.errors import BudgetError, ColdstreamError, FormatError, FormatKind, ReadError, UnsupportedError
 from runtime import load as load_module
@@ -33,14 +34,16 @@ from runtime.contract import _head
 from runtime.gpu_plan import DeviceMemory
 from runtime.load import Loaded, LoadOptions, find_or_pack, load, open_forecast, open_plan, prepare
 from runtime.model import Model
-from runtime.pack import PackOptions, pack
+from runtime.pack import PackOptions, pack, packing_bytes
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, SKETCH, Packed, open_packed
 from runtime.plan import FfnCache, Plan, PlanOptions
 from runtime.request import FinishReason, Request, SamplingParams
 from runtime.row_file import RowFile
 from runtime.streams import Layer, layers
 from runtime.tokenizer import Tokenizer
+from runtime.windows import Windows
 from tests.test_checkpoint import make, write_gguf
+from tests.test_plan import LARGE, SMOL
 
 PROMPTS = [[1, 5, 9, 14], [3] * 20, list(range(40, 2, -1)), [60, 2], [7, 11, 13, 17, 19, 23, 29, 31]]
 
@@ -494,6 +497,30 @@ def test_a_plan_is_that_of_the_pack_which_would_be_loaded(
     assert exact == open_plan(str(found.path), options) != estimate
     assert open_forecast(model, exact, options, packing) is not None
     assert open_plan(model, options, replace(packing, bundles="int8")) == estimate  # that is not packed yet
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["by the host", "by a cgroup"])
+def test_packing_that_memory_cannot_hold_is_refused_before_it_begins(
+    limited: bool, tmp_path: Path, tiny_relu2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = 1 << 20
+    now = process_bytes()
+    monkeypatch.setattr("runtime.pack.process_bytes", lambda: now)
+    host = HostMemory(1 << 40, 1 << 40, now + some, "cgroup")
+    free = host if limited else HostMemory(1 << 40, some, None, "MemAvailable")
+    monkeypatch.setattr("runtime.pack.detect_memory", lambda: free)
+    with pytest.raises(ColdstreamError, match=r"packing needs .*MiB of memory or more, and .* are free here"):
+        prepare(str(tiny_relu2.checkpoint), tmp_path / "packed", tiny_relu2.text, None, "auto", False, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_that_packing_takes_is_a_tenth_below_what_was_measured() -> None:
+    windows = Windows(*(torch.zeros(n, 512, dtype=torch.int64) for n in (9, 2, 7)))
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    llama = replace(SMOL, **shape, head_dim=128)
+    process_mib = 160  # after the imports
+    for config, measured_mib in ((LARGE, 2813), (llama, 3613)):
+        assert 0.85 < packing_bytes(config, windows) / 2**20 / (measured_mib - process_mib) < 0.95
 
 
 def test_who_finds_that_another_packs_waits_and_takes_what_it_made(
