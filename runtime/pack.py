@@ -204,7 +204,7 @@ def _check_memory(config: ModelConfig, windows: Windows) -> None:
     if free < needed:
         raise ColdstreamError(
             f"packing needs {format_size(needed)} of memory or more, and {format_size(free)} are free here; pack where "
-            f"there is more, with coldstream prepare, and serve the directory that it writes"
+            f"there is more, with coldstream prepare --standalone, and serve a copy of what it writes"
         )
 
 
