@@ -210,8 +210,8 @@ def _check_memory(config: ModelConfig, windows: Windows) -> None:
 
 def packing_bytes(config: ModelConfig, windows: Windows) -> int:
     """The least that packing takes at its peak, beside what the process has: all tracks of the text, twice, a layer in
-    fp32 as it came, its FFN as it is ordered, and six times the matrix that a sketch is made of. About a tenth less
-    than was measured at the widths of AFM-4.5B and Llama-7B (benchmarks/LOG.md)."""
+    fp32 as it came, its FFN as it is ordered, and, for the rest, six times one of its matrices: about a tenth less than
+    was measured at the widths of AFM-4.5B and Llama-7B (benchmarks/LOG.md)."""
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     matrix, tokens = config.hidden_size * config.intermediate_size, windows.sizes()
     rows = tokens["statistics"] + tokens["thresholds"] + (1 + len(CANDIDATES)) * tokens["validation"]
