@@ -42,7 +42,7 @@ from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_inputs import FIELDS, inputs
 from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
-from runtime.kernels.triton_neurons import Records, Scratch, add_scored, scores_itself
+from runtime.kernels.triton_neurons import NUM_COUNTERS, Records, Scratch, add_scored, scores_itself
 from runtime.sketches import InputStatistics, make_plane_sketch
 
 HIDDEN, NEURONS = 576, 192  # SmolLM2's rows; few neurons, whose number is no constant
@@ -148,6 +148,9 @@ class AllMasks:
     def scoring(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: object = None) -> Scoring | None:
         return None
 
+    def sure(self, max_rows: int, margin: float) -> None:
+        """Nothing is surer than all."""
+
 
 def scored(
     dtype: BundleDtype, gated: bool, given: bool, neurons: int = NEURONS, hidden: int = HIDDEN
@@ -163,7 +166,7 @@ def scored(
         there = DeviceSketch(random_sketch(np.random.default_rng(0), hidden, neurons, 1.7, gated, "relu2"), CPU)
         mask = torch.zeros(1, neurons, dtype=torch.uint8)
         scoring = Scoring(there, 0.5, Digits.make(1, there.width, CPU), mask, mask if given else None)
-        counters, live = torch.zeros(8, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        counters, live = torch.zeros(NUM_COUNTERS, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         least = torch.zeros(neurons) if not given else None
         if not scores_itself(x, records):
             raise AssertionError("this is not how such a layer is scored")

@@ -25,10 +25,10 @@ from cache.bundle import BundleLayout
 from cache.stats import CacheSnapshot
 from runtime.batch import Batch, SequenceView
 from runtime.disk_home import DiskHome
-from runtime.gpu_ahead import MARGIN, ROWS, Ahead, layers_ahead
+from runtime.gpu_ahead import Ahead, layers_ahead
 from runtime.gpu_ffn import GpuFFN
 from runtime.gpu_home import GpuHome
-from runtime.gpu_masks import Masks, Norm, PlaneMasks
+from runtime.gpu_masks import Guesses, Norm, PlaneMasks
 from runtime.gpu_model import GpuModel
 from runtime.gpu_plan import GpuPlan
 from runtime.gpu_slots import GpuSlots
@@ -119,7 +119,7 @@ class TraceMasks:
             self._token += 1
         return self._own.masks[layer]
 
-    def sure(self, max_rows: int, margin: float) -> Masks | None:
+    def sure(self, max_rows: int, margin: float) -> Guesses | None:
         """None where the trace has no guesses."""
         return None if self._guessed is None else _SureMasks(self._inner.sure(max_rows, margin), self._guessed.masks)
 
@@ -130,19 +130,12 @@ class TraceMasks:
 class _SureMasks:
     """The pass of a guess, and the one that the trace has."""
 
-    name, num_whole = "trace", 0
-
-    def __init__(self, inner: Masks, masks: torch.Tensor) -> None:
-        self._inner, self._masks, self.num_bytes = inner, masks, inner.num_bytes
+    def __init__(self, inner: Guesses, masks: torch.Tensor) -> None:
+        self._inner, self._masks = inner, masks
 
     def of(self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None) -> torch.Tensor:
         self._inner.of(layer, x, norm, h)
         return self._masks[layer]
-
-    def scoring(
-        self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
-    ) -> Scoring | None:
-        return None
 
 
 class ProductTraced:
@@ -174,7 +167,8 @@ class ProductTraced:
             home.open((self._slots.table >= 0).cpu().numpy(), frequency, lambda what, share: None)
             self.ffn: GpuFFN = TieredFFN(self._slots, home, *common)
         else:
-            self.ffn = GpuFFN(self._slots, *common, self._ahead(frequency))
+            guessed = layers_ahead(frequency, plan.slots_per_layer, home.layout.stride, [True] * layers)
+            self.ffn = GpuFFN(self._slots, *common, Ahead.of(self._slots, self._masks, guessed))
         weights = random_weights(shape, vocab_size, device=device)
         per_row = -(-(CONTEXT + MAX_MODEL_LEN) // plan.block_size)
         self._kv = KVCache(config, per_row * rows, plan.block_size, torch.bfloat16, self._device)
@@ -189,14 +183,6 @@ class ProductTraced:
         self.fixed_bytes = attention + weights.lm_head.nbytes + keys + predictor
         self._model.capture(self._kv)
         self._restart()
-
-    def _ahead(self, frequency: np.ndarray) -> Ahead | None:
-        """As `runtime.gpu_load` has it, where the trace has guesses."""
-        if self._masks is None or not self._slots.num_early:
-            return None
-        guesses, num = self._masks.sure(ROWS, MARGIN), frequency.shape[0]
-        layers = layers_ahead(frequency, self.slots_per_layer, self._slots.layout.stride, [True] * num)
-        return None if guesses is None or not any(layers) else Ahead(self._slots, guesses, layers)
 
     def _restart(self) -> None:
         """The trace from its beginning, with nothing counted: capturing has run steps."""

@@ -164,15 +164,12 @@ def record_taken(packed: Packed, heldout: torch.Tensor, cett: float, calibration
             mask = np.ones_like(active) if taken is None else taken
             own = mask.copy() if name == "taken" else own
             found[name].append(np.packbits(mask, axis=1, bitorder="little"))
-        sure = sparse.predictor.confidence(layer, inputs["begun"][0].contiguous().numpy())
-        given_up = sure is None or not layer or wrong(sure >= min(SURE.values()), own)
-        for name, at in SURE.items():
-            mask = np.zeros_like(active) if sure is None or given_up else sure >= at
-            found[name].append(np.packbits(mask, axis=1, bitorder="little"))
-        sure = sparse.predictor.confidence(layer, inputs["ahead"][0].contiguous().numpy())
-        given_up = sure is None or not layer or wrong(sure >= _EARLY_MARGIN, own)
-        mask = np.zeros_like(active) if sure is None or given_up else sure >= _EARLY_MARGIN
-        found[EARLY].append(np.packbits(mask, axis=1, bitorder="little"))
+        for source, levels in (("begun", SURE), ("ahead", {EARLY: _EARLY_MARGIN})):
+            sure = sparse.predictor.confidence(layer, inputs[source][0].contiguous().numpy())
+            given_up = sure is None or not layer or wrong(sure >= min(levels.values()), own)
+            for name, at in levels.items():
+                mask = np.zeros_like(active) if sure is None or given_up else sure >= at
+                found[name].append(np.packbits(mask, axis=1, bitorder="little"))
     sets = {name: np.stack(bits) for name, bits in found.items()}
     known: list[np.ndarray] = []
     for layer, (ffn, inputs) in enumerate(() if calibration is None else forward(checkpoint, calibration)):

@@ -88,10 +88,15 @@ def detect_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> HostMemory:
 
 
 def default_budget(host: HostMemory, process_bytes: int) -> int:
-    """The budget when none is given: the cgroup's limit or what is free (and what this process has), less a margin."""
-    free = host.available_bytes + process_bytes
-    bound = free if host.limit_bytes is None else min(host.limit_bytes, free)
+    """The budget when none is given: all that this process can have, less a margin."""
+    bound = most_bytes(host, process_bytes)
     return max(0, bound - budget_margin(bound))
+
+
+def most_bytes(host: HostMemory, process_bytes: int) -> int:
+    """That this process can have, what it has included: the cgroup's limit or what is free."""
+    free = host.available_bytes + process_bytes
+    return free if host.limit_bytes is None else min(host.limit_bytes, free)
 
 
 def budget_margin(bound_bytes: int) -> int:

@@ -16,9 +16,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from runtime.gpu_masks import Masks, Norm
+from runtime.gpu_masks import Guesses, Masks, Norm
 from runtime.gpu_slots import GpuSlots
-from runtime.kernels.triton_ahead import Fetched, choose, fetch
+from runtime.kernels.triton_ahead import FATES, Fetched, choose, fetch, programs
 from runtime.kernels.triton_launch import apart
 from runtime.kernels.triton_masks import Trail
 from runtime.kernels.triton_neurons import FETCHED, FEW, Records, few_rows, num_programs
@@ -41,12 +41,15 @@ def layers_ahead(
 
 class Ahead:
     """guesses: the masks of what the rows of a step would surely want, at an input that is not yet the true one.
-    layers: which of them are guessed. ValueError when the slots have no room for records that come early, or when the
-    first layer is to be guessed."""
+    layers: which of them are guessed. ValueError when the slots have no room for records that come early, or not as
+    much for each program that fetches, or when the first layer is to be guessed."""
 
-    def __init__(self, slots: GpuSlots, guesses: Masks, layers: Sequence[bool]) -> None:
-        if slots.num_early < 1:
+    def __init__(self, slots: GpuSlots, guesses: Guesses, layers: Sequence[bool]) -> None:
+        (num_layers, num_neurons), num, fetching = slots.table.shape, slots.num_early, programs(slots.layout.stride)
+        if num < 1:
             raise ValueError("the slots have no room for records that come early")
+        if num % fetching:
+            raise ValueError(f"{num} records that come early are not as many for each of {fetching} programs")
         if layers[0]:
             raise ValueError("there is nothing to guess the first layer from")
         self.slots, self.layers = slots, tuple(layers)
@@ -54,19 +57,29 @@ class Ahead:
         self._x = torch.zeros(2, ROWS, hidden, device=slots.device)  # where two neighbouring layers began
         self._h = torch.empty(ROWS, hidden, device=slots.device)
         self._at = torch.full((1,), -1, dtype=torch.int32, device=slots.device)
-        told = [replace(slots.records(layer), done=self._at) for layer in range(len(layers))]
+        sizes = (2, num_neurons), (fetching, num // fetching), (fetching,), (num_layers, FATES)
+        self._early = [torch.zeros(size, dtype=torch.int32, device=slots.device) for size in sizes]  # as of `Fetched`
+        told = [replace(slots.records(layer), done=self._at) for layer in range(num_layers)]
         self._plain, self._records = told, [self._with(layer, records) for layer, records in enumerate(told)]
         cuda = slots.device.type == "cuda"
         self._beside = torch.cuda.Stream(slots.device) if cuda else None  # type: ignore[no-untyped-call]
         self._guessed: set[int] = set()  # layers of this step
         self._come = [torch.cuda.Event() for _ in range(2 if cuda else 0)]  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def of(cls, slots: GpuSlots, masks: Masks | None, layers: Sequence[bool]) -> Ahead | None:
+        """Of masks; None where there is no room, no layer to guess, or nothing that can be surer than the masks."""
+        if masks is None or not slots.num_early or not any(layers):
+            return None
+        guesses = masks.sure(ROWS, MARGIN)
+        return None if guesses is None else cls(slots, guesses, layers)
+
     def _with(self, layer: int, records: Records) -> Records:
         """With those that come early, if any do."""
         if not self.layers[layer]:
             return records
         slots, turn = self.slots, layer % 2
-        table, ids, count, fates = slots.early
+        table, ids, count, fates = self._early
         place = slots.num_slots + turn * slots.num_early
         guessed = [i for i, own in enumerate(self.layers) if own]  # nobody is at the last but one of them, if any
         faded = fates[guessed[guessed.index(layer) - 2]] if len(guessed) > 2 else fates[layer]
@@ -83,14 +96,13 @@ class Ahead:
 
     def guess(self, layer: int, trail: Trail, norm: Norm, live: torch.Tensor) -> None:
         """Once the masks of the layer before are there. What is fetched for it waits beside that layer's FFN."""
-        if layer >= len(self.layers) or not self.layers[layer]:
+        if not self.layers[layer]:
             return
         records = self._records[layer]
         assert records.fetched is not None
         with self._after_others():
             mask = self._guesses.of(layer, trail.x, norm, self._h[: trail.x.shape[0]])
-            if mask is None:
-                return
+            assert mask is not None  # of a layer with a sketch
             choose(mask, live, records.table, records.fetched)
             self._guessed.add(layer)
             if self._come:

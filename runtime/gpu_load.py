@@ -16,7 +16,7 @@ from cache.neuron_cache import NeuronCache
 from runtime.config import ModelConfig
 from runtime.disk_home import DiskHome
 from runtime.gates import read_gates
-from runtime.gpu_ahead import MARGIN, ROWS, Ahead, layers_ahead
+from runtime.gpu_ahead import Ahead, layers_ahead
 from runtime.gpu_ffn import GpuFFN
 from runtime.gpu_home import GpuHome
 from runtime.gpu_masks import GateMasks, Masks, PlaneMasks
@@ -82,8 +82,7 @@ def make_gpu(
         home.open((slots.table >= 0).cpu().numpy(), frequency, progress)
         ffn: GpuFFN = TieredFFN(slots, home, *common)
     else:
-        guesses = masks.sure(ROWS, MARGIN) if num_early and isinstance(masks, PlaneMasks) else None
-        ffn = GpuFFN(slots, *common, None if guesses is None else Ahead(slots, guesses, layers))
+        ffn = GpuFFN(slots, *common, Ahead.of(slots, masks, layers))
     kv = KVCache(config, plan.kv_blocks, plan.block_size, dtype, device)
     model = GpuModel(config, weights, ffn, plan.max_model_len, plan.decode_buckets)
     progress("capturing", 0.0)

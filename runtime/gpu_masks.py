@@ -28,24 +28,30 @@ class Norm:
         norm_rows(x, self.weight, self.eps, out)
 
 
-class Masks(Protocol):
-    """Which neurons of a layer the rows want. num_bytes: on the device. of(layer, x fp32 [B, D], norm, h) -> uint8
-    [B, F], or None: the whole layer, as num_whole of them are; the tensor is the caller's until the next call, and h
-    gets x normed. trail: see `plane_masks`; only where the masks can be `sure`, and layers have a sketch. scoring, of x
-    fp32 [1, D]: what it takes to say it where the neurons are added up, h and the trail as well; None, and nothing is
-    done: that is no way to say it."""
-
-    name: str
-    num_bytes: int
-    num_whole: int
+class Guesses(Protocol):
+    """Which neurons of a layer the rows want: of(layer, x fp32 [B, D], norm, h) -> uint8 [B, F], or None: the whole
+    layer; the tensor is the caller's until the next call, and h gets x normed. trail: see `plane_masks`; only where
+    masks can be `sure`, and layers have a sketch."""
 
     def of(
         self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
     ) -> torch.Tensor | None: ...
 
+
+class Masks(Guesses, Protocol):
+    """num_bytes: on the device; num_whole: layers that are always wanted whole. scoring, of x fp32 [1, D]: what it
+    takes to say it where the neurons are added up, h and the trail as well; None, and nothing is done: that is no way
+    to say it. sure: beside these masks, what up to so many rows want with that margin; None: it has no degrees."""
+
+    name: str
+    num_bytes: int
+    num_whole: int
+
     def scoring(
         self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
     ) -> Scoring | None: ...
+
+    def sure(self, max_rows: int, margin: float) -> Guesses | None: ...
 
 
 class PlaneMasks:
@@ -72,7 +78,7 @@ class PlaneMasks:
         self.num_whole = len(sketches) - len(known)
 
     def sure(self, max_rows: int, margin: float) -> PlaneMasks:
-        """Of the same sketches, and beside these masks: only what scores `margin` times the threshold."""
+        """Of the same sketches: what scores `margin` times the threshold."""
         return PlaneMasks(self._sketches, [t * margin for t in self._thresholds], max_rows, self._device, pinned=False)
 
     def of(
@@ -117,3 +123,6 @@ class GateMasks:
         self, layer: int, x: torch.Tensor, norm: Norm, h: torch.Tensor, trail: Trail | None = None
     ) -> Scoring | None:
         return None
+
+    def sure(self, max_rows: int, margin: float) -> None:
+        """Zero or not has no degrees."""

@@ -28,6 +28,7 @@ from runtime.config import ModelConfig
 from runtime.engine_stats import MemoryLevels
 from runtime.packed import SketchSize
 from runtime.plan import (
+    AHEAD_BYTES,
     BLOCK_SIZE,
     LAYERS_AT_ONCE,
     SCORE_ROWS,
@@ -52,7 +53,6 @@ _SMALLEST_STAGING_SHARE = 16  # of a layer: less is not copied at the link's pac
 _EARLY_STEP = 32  # records that come early are as many for each program that fetches (runtime/kernels/triton_ahead.py)
 _AHEAD_HIDDEN = 4096  # longer vectors go another way (LONGEST in runtime/kernels/triton_neurons.py)
 _EARLY_BYTES = 2 << 20  # of a layer's records that come early: twice what the link brings while attention runs
-_AHEAD_BYTES = 32 << 20  # of a layer: smaller ones are not read ahead (as on a CPU, runtime/load.py)
 _EARLY_NEURON_BYTES = 12  # of a layer: two tables, and masks of the guess
 
 _MIB, _PAGE = 1 << 20, 4096
@@ -302,7 +302,7 @@ class _Sizes(ModelSizes):
     def num_early(self, shape: _Shape) -> int:
         """Records of a layer that can come early, where a layer is large and its neurons do not all have slots."""
         some = self.options.mode == "sparse" and self.options.reads_ahead and shape.num_slots < self.num_neurons
-        if not some or self.layer_bytes < _AHEAD_BYTES or self.config.hidden_size > _AHEAD_HIDDEN:
+        if not some or self.layer_bytes < AHEAD_BYTES or self.config.hidden_size > _AHEAD_HIDDEN:
             return 0
         return _EARLY_STEP * max(1, _EARLY_BYTES // self.layout.stride // _EARLY_STEP)
 

@@ -17,7 +17,6 @@ import torch
 from cache.stats import CacheSnapshot, TierSnapshot, TransferSnapshot
 from runtime.disk_home import DiskHome
 from runtime.gpu_home import GpuHome
-from runtime.kernels.triton_ahead import FATES, programs
 from runtime.kernels.triton_neurons import (
     DOWN_MISSES,
     FETCHED,
@@ -39,9 +38,8 @@ _PRIOR_STEPS = 50.0  # that the profile's frequencies weigh at first: 1 / (1 - d
 class GpuSlots:
     """Slots of each layer, and who has them. frequency [L, F]: how often needed; pinned [L]: the first so many neurons
     of a layer keep their slots; ranks: False where all neurons are wanted alike. num_early: records of a layer that can
-    come early (`runtime.gpu_ahead`), as many for each of `triton_ahead.programs`, behind all slots; `early`: what
-    `triton_ahead.Fetched` knows of them, tables of two layers, fates of all. `used` int32 [L, F] and `counters` int64
-    are added to by the kernels. ValueError for a number that programs cannot share."""
+    come early (`runtime.gpu_ahead`): there is room for those of two layers behind all slots. `used` int32 [L, F] and
+    `counters` int64 are added to by the kernels."""
 
     def __init__(
         self,
@@ -58,11 +56,6 @@ class GpuSlots:
         self.slots_per_layer = tuple(int(n) for n in slots_per_layer)
         self.num_slots, self.num_early = max(1, sum(self.slots_per_layer)), num_early
         self.slab = torch.zeros(self.num_slots + 2 * num_early, stride, dtype=torch.uint8, device=device)
-        fetching = programs(stride)
-        if num_early % fetching:
-            raise ValueError(f"{num_early} records that come early are not as many for each of {fetching} programs")
-        sizes = (2, num_neurons), (fetching, num_early // fetching), (fetching,), (num_layers, FATES)
-        self.early = tuple(torch.zeros(s if num_early else (0,), dtype=torch.int32, device=device) for s in sizes)
         self.table = torch.full((num_layers, num_neurons), -1, dtype=torch.int32, device=device)
         self.used = torch.zeros((num_layers, num_neurons), dtype=torch.int32, device=device)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)

@@ -43,7 +43,7 @@ from runtime.model import LayerWeights, Model, ModelWeights, as_numpy
 from runtime.pack import PackOptions, Progress, bundle_dtype, pack
 from runtime.packed import BUNDLES, MANIFEST, PROFILE, RESIDENT, VERSION, Packed, SketchSize, is_packed, open_packed
 from runtime.placement import share_slots
-from runtime.plan import FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan, spread
+from runtime.plan import AHEAD_BYTES, FfnCache, Plan, PlanOptions, embedding_stays_on_disk, make_plan, spread
 from runtime.predictor import PROVABLE, Predictor, ResidentGatePredictor
 from runtime.prefix_store import DEFAULT_BYTES, PrefixStore
 from runtime.room import SpareRoom
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 _EMBEDDING = "model.embed_tokens.weight"
 MODES = ("auto", "sparse", "exact", "dense")
 LOOKAHEADS = ("none", "attention", "layer")  # beside auto, which is one of them by the size of a layer
-_AHEAD_BYTES = 32 << 20  # of a layer's FFN: below, guessing costs more than the reads that it hides (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,9 +355,7 @@ class _Opened:
 
 def _open(model: str, options: LoadOptions, progress: Progress) -> _Opened:
     measured = process_bytes()  # before packing and the tokenizer, which the plan prices on its own
-    bundles = "auto" if options.pack is None else options.pack.bundles
-    planned = replace(plan_options(options), bundles=bundles)
-    packed = find_or_pack(model, progress, options.pack, lambda: open_plan(model, planned, options.pack))
+    packed = find_or_pack(model, progress, options.pack, lambda: open_plan(model, plan_options(options), options.pack))
     gc.collect()
     trim_heap()  # what packing freed goes back to the kernel before the budget is spent
     tokenizer = Tokenizer.from_dir(packed.path)
@@ -487,7 +484,7 @@ def _load_cpu(opened: _Opened, options: LoadOptions, progress: Progress, adapt: 
 def _lookahead(wanted: str, plan: Plan, predictor: object | None, layer_bytes: int) -> str:
     """None without a predictor; nor a layer ahead where a layer's norm is not in memory before its turn."""
     if wanted == "auto":
-        wanted = "layer" if layer_bytes >= _AHEAD_BYTES else "none"
+        wanted = "layer" if layer_bytes >= AHEAD_BYTES else "none"
     streamed = plan.streamed_bytes > 0
     return "none" if predictor is None or (wanted == "layer" and streamed) else wanted
 
@@ -642,6 +639,7 @@ def plan_options(options: LoadOptions) -> PlanOptions:
         ffn_cache=options.ffn_cache,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
+        bundles="auto" if options.pack is None else options.pack.bundles,
         max_queue=options.max_queue,
         threads=options.threads,
         reads_ahead=options.lookahead != "none",

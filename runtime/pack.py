@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from cache.budget import detect_memory, format_size, process_bytes
+from cache.budget import detect_memory, format_size, most_bytes, process_bytes
 from cache.bundle import BundleDtype, BundleLayout, pack_records
 from cache.errors import ColdstreamError, UnsupportedError
 from cache.store import BundleFile
@@ -197,10 +197,8 @@ def _check_space(out: Path, needed: int) -> None:
 
 def _check_memory(config: ModelConfig, windows: Windows) -> None:
     """Packing keeps to no budget: where it cannot do, the kernel would kill it after minutes without a word."""
-    host, needed = detect_memory(), packing_bytes(config, windows)
-    free = host.available_bytes
-    if host.limit_bytes is not None:
-        free = min(free, max(0, host.limit_bytes - process_bytes()))
+    now, needed = process_bytes(), packing_bytes(config, windows)
+    free = max(0, most_bytes(detect_memory(), now) - now)
     if free < needed:
         raise ColdstreamError(
             f"packing needs {format_size(needed)} of memory or more, and {format_size(free)} are free here; pack where "

@@ -75,8 +75,7 @@ def perplexity(
 def _refuse(model: str, options: Sequence[LoadOptions]) -> None:
     """ColdstreamError for a budget that one of them does not fit."""
     for each in options:
-        bundles = "auto" if each.pack is None else each.pack.bundles
-        open_plan(model, replace(plan_options(each), bundles=bundles), each.pack)
+        open_plan(model, plan_options(each), each.pack)
 
 
 def _window(packed: Packed, options: Sequence[LoadOptions]) -> int:

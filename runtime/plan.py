@@ -36,6 +36,7 @@ BLOCK_SIZE = 16  # tokens of a KV block
 DEFAULT_MAX_MODEL_LEN = 4096
 PREFILL_CHUNK = 512  # rows
 FEW_ROWS = 16  # of a prompt: up to here our kernels, above it GEMM; decoded rows always go by our kernels
+AHEAD_BYTES = 32 << 20  # of a layer's FFN: below, guessing costs more than the reads that it hides (benchmarks/LOG.md)
 SCORE_ROWS = 128  # rows of a scoring chunk: logits of more would be the largest thing in memory
 
 _MIB = 1 << 20

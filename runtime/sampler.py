@@ -158,8 +158,10 @@ def _nucleus(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Ten
     """
     row = probs.numpy()
     some = np.flatnonzero(row >= (1.0 - top_p) / row.size)  # the rest comes to less than 1 - top_p
-    kept, order = torch.topk(probs, _HEAD) if some.size > _QUICK else (None, None)
-    if kept is None or order is None or kept.double().sum() < top_p:
+    many = some.size > _QUICK
+    if many:
+        kept, order = torch.topk(probs, _HEAD)
+    if not many or kept.double().sum() < top_p:
         some = some[np.argsort(-row[some])]
         kept, order = torch.from_numpy(row[some]), torch.from_numpy(some)
     before = np.cumsum(kept.numpy(), dtype=np.float64) - kept.numpy()

@@ -137,13 +137,14 @@ def slots_of(layers: int, num_early: int) -> GpuSlots:
 def test_what_is_known_of_every_guessed_layer_fades(guessed: tuple[int, ...]) -> None:
     slots = slots_of(8, 64)
     ahead = Ahead(slots, None, [i in guessed for i in range(8)])  # type: ignore[arg-type]
-    rows = {int(r.fetched.faded.data_ptr()) for r in ahead._records if r.fetched is not None}
-    assert rows == {int(slots.early[3][layer].data_ptr()) for layer in guessed}
+    fetched = {layer: r.fetched for layer, r in enumerate(ahead._records) if r.fetched is not None}
+    assert set(fetched) == set(guessed)
+    assert {f.faded.data_ptr() for f in fetched.values()} == {f.fates.data_ptr() for f in fetched.values()}
 
 
 def test_as_many_come_early_for_each_program() -> None:
     with pytest.raises(ValueError, match="33 records"):
-        slots_of(2, 33)
+        Ahead(slots_of(2, 33), None, (False, True))  # type: ignore[arg-type]
 
 
 def test_layers_that_miss_little_or_have_nobody_to_ask_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

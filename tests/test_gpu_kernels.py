@@ -22,7 +22,7 @@ from runtime.kernels.triton_attention import Splits, attend
 from runtime.kernels.triton_copy import copy_records
 from runtime.kernels.triton_gates import gate_masks
 from runtime.kernels.triton_inputs import FIELDS, inputs
-from runtime.kernels.triton_masks import DeviceSketch, Digits, Scoring, make_digits, plane_masks
+from runtime.kernels.triton_masks import PLACES, DeviceSketch, Digits, Scoring, Trail, make_digits, plane_masks
 from runtime.kernels.triton_matvec import matvec, norm_rows
 from runtime.kernels.triton_neurons import (
     ACTIVE,
@@ -229,8 +229,9 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int, monkey
     ordered = np.sort(wanted.ravel())
     threshold, there = float(ordered[35 * rows] + ordered[35 * rows + 1]) / 2, DeviceSketch(sketch, DEVICE)
     first: dict[int, torch.Tensor] = {}
-    for bits in WAYS:
+    for bits, laid_out in [(False, False), (True, False), (True, True)] if DEVICE.type == "cuda" else [(False, False)]:
         monkeypatch.setattr(triton_launch, "BITS", bits)
+        monkeypatch.setattr(triton_launch, "LAID_OUT", laid_out)
         for num in {4, rows} if DEVICE.type == "cpu" else {1, 4, rows}:
             mask, scores = (
                 torch.full((num, 70), 7, dtype=torch.uint8, device=DEVICE),
@@ -242,8 +243,23 @@ def test_plane_masks(gated: bool, act: str, num_pinned: int, hidden: int, monkey
             np.testing.assert_allclose(scores.cpu().numpy(), wanted[:num], rtol=1e-4, atol=1e-5 * wanted.max())
             np.testing.assert_array_equal(mask[:, num_pinned:].cpu().numpy(), wanted[:num] >= threshold)
             assert (mask[:, :num_pinned] == 7).all()
-            other = first.setdefault(num, scores)  # its sums over the whole row are made in another order
-            torch.testing.assert_close(other, scores, rtol=1e-4, atol=1e-5 * float(wanted.max()))
+            bounds = {"rtol": 1e-6, "atol": 0.0}
+            if laid_out:  # sums over the whole row are made in another order
+                bounds = {"rtol": 1e-4, "atol": 1e-5 * float(wanted.max())}
+            torch.testing.assert_close(first.setdefault(num, scores), scores, **bounds)
+
+
+@pytest.mark.parametrize("laid_out", WAYS)
+def test_a_pass_leaves_its_trail(laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "LAID_OUT", laid_out)
+    rng, rows = np.random.default_rng(5), 2
+    made = random_sketch(rng, HIDDEN, NEURONS, 1.7, True)
+    there, x = DeviceSketch(made, DEVICE), torch.randn(rows, HIDDEN, device=DEVICE)
+    trail = Trail(torch.zeros_like(x), torch.full((1,), -1, dtype=torch.int32, device=DEVICE), 3)
+    mask = torch.empty(rows, NEURONS, dtype=torch.uint8, device=DEVICE)
+    digits, norm = Digits.make(rows, there.width, DEVICE), torch.rand(HIDDEN, device=DEVICE)
+    plane_masks(x, norm, 1e-5, there, 0.0, digits, torch.empty_like(x), mask, trail=trail)
+    assert torch.equal(trail.x, x) and int(trail.at) == 3 * PLACES
 
 
 SCORED = [(dtype, *shape) for dtype in BundleDtype for shape in ((HIDDEN, 150, 0), (576, 1536, 40))]
@@ -359,10 +375,10 @@ def test_matrices_times_few_rows(
     given = [t.to(DEVICE) for t in (x, weight, norm, bias)]
     out = torch.ones(rows, 70, device=DEVICE)
     matvec(given[0], given[1], out, given[2], 1e-5, given[3], added=True)
-    wanted = rms_norm(x, norm, 1e-5) @ weight.float().T + bias + 1
-    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=2e-4)
+    wanted, most = rms_norm(x, norm, 1e-5) @ weight.float().T + bias + 1, 1e-4 if hidden == 300 else 2e-4
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-4, atol=most)
     matvec(given[0], given[1], out)
-    torch.testing.assert_close(out.cpu(), x @ weight.float().T, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(out.cpu(), x @ weight.float().T, rtol=1e-4, atol=most)
     normed = torch.empty_like(given[0])
     norm_rows(given[0], given[2], 1e-5, normed)
     torch.testing.assert_close(normed.cpu(), rms_norm(x, norm, 1e-5), rtol=1e-5, atol=1e-6)

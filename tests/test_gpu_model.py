@@ -139,7 +139,7 @@ def test_the_same_logits_and_greedy_text_as_on_the_cpu(packed: Path, mode: str, 
 @pytest.mark.parametrize("early", [32, 160] if CUDA else [32])
 def test_what_comes_early_changes_no_number(packed: Path, monkeypatch: pytest.MonkeyPatch, early: int) -> None:
     monkeypatch.setattr("runtime.gpu_ahead._LEAST_BYTES", 1)
-    monkeypatch.setattr("runtime.gpu_load.MARGIN", 1.0)
+    monkeypatch.setattr("runtime.gpu_ahead.MARGIN", 1.0)
     loaded, _ = cpu_side(packed, "sparse", 10.0)
     plain, ahead = gpu_side(packed, "sparse", 10.0, loaded), gpu_side(packed, "sparse", 10.0, loaded, early=early)
 

@@ -96,7 +96,7 @@ def test_smallest_budgets_work_and_one_byte_less_is_refused(config: ModelConfig,
 
 
 def test_main_memory_that_cannot_hold_the_home_leaves_it_on_disk() -> None:
-    free = plan(LARGE, PlanOptions(max_model_len=2048, reads_ahead=False))
+    free = plan(LARGE, PlanOptions(max_model_len=2048))
     home, smallest = free.home_memory_bytes, free.smallest_memory_bytes
     assert not free.home_on_disk and smallest < home - 0.9 * free.ffn_bytes
     gpu = PlanOptions(gpu_memory_bytes=8 * GIB, max_model_len=2048, reads_ahead=False)

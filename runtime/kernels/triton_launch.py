@@ -63,12 +63,16 @@ def chained(x: torch.Tensor, early: bool = False) -> dict[str, Any]:
 
 def by_bits(x: torch.Tensor) -> bool:
     """Whether bits are multiplied on the device of x: measured on compute capability 9 alone."""
-    return BITS and compiled() and _capability(x) == _CAPABILITY
+    return BITS and _measured(x)
 
 
 def laid_out(x: torch.Tensor) -> bool:
     """Whether kernels that say themselves which thread has what run on the device of x: as `by_bits`."""
-    return LAID_OUT and compiled() and _capability(x) == _CAPABILITY
+    return LAID_OUT and _measured(x)
+
+
+def _measured(x: torch.Tensor) -> bool:
+    return compiled() and _capability(x) == _CAPABILITY
 
 
 def _capability(x: torch.Tensor) -> int:

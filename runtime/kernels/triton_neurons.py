@@ -655,12 +655,21 @@ def add_ffn(
     _sum(scratch.partial, out, programs)
 
 
-def _sum(partial: torch.Tensor, out: torch.Tensor, programs: int) -> None:
-    """out [B, D] += what each program has."""
+def _sum(
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    programs: int,
+    found: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    counted: bool = False,
+) -> None:
+    """out [B, D] += what each program has; found, counted: see `_reduce`, counters get them."""
     at_once, wide = (_SUMMED, 32) if out.shape[0] > FEW else (2 * _SUMMED, 16)
-    _reduce[(triton.cdiv(out.numel(), wide),)](
-        partial, out, partial, partial, out.numel(), P=programs, N=min(at_once, triton.next_power_of_2(programs)),
-        W=wide, FOUND=False, COUNTED=False, num_warps=8, **chained(out),
+    told = found is not None
+    _reduce[(triton.cdiv(out.numel(), wide) + told,)](
+        partial, out, partial if found is None else found, partial if counters is None else counters, out.numel(),
+        P=programs, N=min(at_once, triton.next_power_of_2(programs)), W=wide, FOUND=told, COUNTED=counted, num_warps=8,
+        **chained(out, early=told),
     )  # fmt: skip
 
 
@@ -703,10 +712,7 @@ def add_scored(
         ALIGN=math.gcd(layout.stride, *at.values(), 16), D=hidden, N=_SHARE, W=wide, T=triton.cdiv(hidden, wide),
         WARPS=_WARPS, VEC=min(8, wide // (32 * _WARPS)), num_warps=_WARPS, **chained(x, early=True),
     )  # fmt: skip
-    _reduce[(triton.cdiv(hidden, 16) + 1,)](
-        scratch.partial, out, found, counters, hidden, P=programs, N=triton.next_power_of_2(programs), W=16, FOUND=True,
-        COUNTED=active_at is not None, num_warps=8, **chained(x, early=True),
-    )  # fmt: skip
+    _sum(scratch.partial, out, programs, found, counters, active_at is not None)
 
 
 @dataclass(frozen=True, slots=True)
